@@ -1,0 +1,65 @@
+"""What each op is: its public function, its definition, its named inputs and what they cost.
+
+A slice describes its ops once, in ``ops/<slice>/cases.py``; the tests, ``verify``, the benchmarks and the
+ahead-of-time proofs all read that description, so an op joins all of them by adding its slice to `SLICES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+SLICES = ("infonce",)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the algorithm must do at the least, forward and backward: the numerators of every roofline."""
+
+    forward_flops: float
+    backward_flops: float
+    exps: float
+    bytes: float
+
+    @property
+    def flops(self) -> float:
+        return self.forward_flops + self.backward_flops
+
+
+@dataclass(frozen=True)
+class Case:
+    """One named input of an op.
+
+    ``make(device, dtype)`` returns the keyword arguments of the public function; every call returns the same values.
+    ``tags``: "verify" (a numerics check), "edge" (a corner of the contract), "bench" (worth timing).
+    """
+
+    name: str
+    make: Callable[[torch.device | str, torch.dtype], dict]
+    cost: Cost
+    tags: frozenset[str] = frozenset({"verify"})
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One public op. ``reference`` takes the same arguments as ``function`` and computes in the dtype it is given."""
+
+    name: str
+    function: Callable
+    reference: Callable
+    torch_ops: tuple[str, ...]  # names under torch.ops.sslkernels, forward first
+    grad_args: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    cases: tuple[Case, ...]
+
+    def tagged(self, tag: str) -> list[Case]:
+        return [case for case in self.cases if tag in case.tags]
+
+
+def ops() -> Iterator[OpSpec]:
+    """Every op of every slice."""
+    for name in SLICES:
+        yield from importlib.import_module(f"sslkernels.ops.{name}.cases").OPS
