@@ -1,0 +1,183 @@
+"""Checks every op against its definition, in numbers: as exact as PyTorch itself, or it fails.
+
+The rule: the error against the fp64 reference is at most the error of the same reference run in the dtype of the
+inputs ("eager"), plus a stated tolerance.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from sslkernels.registry import Case, OpSpec
+
+# In units of an error relative to the scale that `compare` describes. 16-bit inputs may lose one rounding to their own
+# dtype, since their gradients are returned in it; for fp64 the exact result is eager itself, so this is all there is.
+TOLERANCE = {
+    torch.float64: 2.0**-46,
+    torch.float32: 2.0**-21,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+}
+NUDGE = 2.0**-24  # relative size of the input changes that show how well conditioned a result is
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far one tensor is from the exact result, and how far eager PyTorch is."""
+
+    name: str
+    error: float  # the largest of the tensor, relative to the scale of its row
+    eager_error: float
+    rms: float
+    eager_rms: float
+    tolerance: float
+    worst: tuple[int, ...]  # index of the largest error
+    actual: float  # the two values there
+    exact: float
+    failing: float  # share of the elements beyond the limit
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.eager_error + self.tolerance and self.rms <= self.eager_rms + self.tolerance
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: error {self.error:.2e} (eager {self.eager_error:.2e}), "
+            f"rms {self.rms:.2e} (eager {self.eager_rms:.2e}), tolerance {self.tolerance:.2e}; "
+            f"worst at {list(self.worst)}: {self.actual:.9g}, exact {self.exact:.9g}; {self.failing:.2%} beyond the limit"
+        )
+
+
+def compare(
+    name: str,
+    actual: torch.Tensor,
+    eager: torch.Tensor,
+    exact: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    nudged: torch.Tensor | None = None,
+    floor: float = 0.0,
+) -> Comparison:
+    """Measure ``actual`` and ``eager`` against ``exact``, for inputs of ``dtype``.
+
+    An error is relative to the magnitude of its row (the last dimension; of itself in a vector or a scalar) or of the
+    median row, whichever is larger: no huge row hides the others, and no row that happens to be tiny is held to an
+    accuracy that nobody needs. A magnitude is the largest ``|exact|``, or ``floor``, or what the row gains when all
+    inputs change by 100 %, extrapolated from ``nudged``, the exact result for inputs changed by `NUDGE`: where a
+    result is ill-conditioned, or is zero because large terms cancel, its own size says nothing about rounding.
+
+    What overflows the dtype of ``actual`` counts as its largest number on both sides, so an infinity of the right sign
+    is right. A NaN is an infinite error. Where eager is not finite it grants no allowance.
+    """
+    if actual.shape != exact.shape:
+        raise ValueError(f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
+    tolerance = TOLERANCE[dtype]
+    if not exact.numel():
+        return Comparison(name, 0.0, 0.0, 0.0, 0.0, tolerance, (), 0.0, 0.0, 0.0)
+    largest = torch.finfo(actual.dtype).max
+    actual, eager, exact, nudged = (
+        tensor.detach().cpu().double() for tensor in (actual, eager, exact, exact if nudged is None else nudged)
+    )
+    lost = ~eager.isfinite()
+    exact, nudged = exact.clamp(-largest, largest), nudged.clamp(-largest, largest)
+    scale = _scale(exact, nudged, floor)
+    error = ((actual.clamp(-largest, largest) - exact).abs() / scale).nan_to_num(nan=torch.inf)
+    eager_error = ((eager.clamp(-largest, largest) - exact).abs() / scale).masked_fill(lost, 0)
+    worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+    limit = eager_error.max() + tolerance
+    return Comparison(
+        name,
+        error.max().item(),
+        eager_error.max().item(),
+        error.square().mean().sqrt().item(),
+        eager_error.square().mean().sqrt().item(),
+        tolerance,
+        worst,
+        actual[worst].item(),
+        exact[worst].item(),
+        (error > limit).double().mean().item(),
+    )
+
+
+def _scale(exact: torch.Tensor, nudged: torch.Tensor, floor: float) -> torch.Tensor:
+    magnitude = torch.maximum(exact.abs(), (nudged - exact).abs() / NUDGE).clamp_min(floor)
+    if exact.dim() > 1:
+        magnitude = magnitude.amax(dim=-1, keepdim=True)
+    scale = magnitude.clamp_min(magnitude.median())
+    return scale.masked_fill(scale == 0, 1)
+
+
+def evaluate(function, arguments: dict, grad_args: tuple[str, ...]) -> tuple[torch.Tensor, dict, float]:
+    """Value of ``function``, gradients of its tensor arguments in ``grad_args``, and the size of what was derived.
+
+    The output is weighted with fixed random numbers, so every row takes part with a gradient of its own.
+    """
+    leaves = {
+        name: arguments[name].detach().requires_grad_()
+        for name in grad_args
+        if isinstance(arguments[name], torch.Tensor)
+    }
+    value = function(**{**arguments, **leaves})
+    generator = torch.Generator().manual_seed(value.numel())
+    # bf16 numbers, so that they are the same in every dtype
+    weight = torch.randn(value.shape, generator=generator).bfloat16().to(value)
+    weighted = value * weight
+    grads = torch.autograd.grad(weighted.sum(), list(leaves.values()))
+    return value.detach(), dict(zip(leaves, grads, strict=True)), weighted.abs().sum().item()
+
+
+def check_case(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu", backend: str | None = None
+) -> list[Comparison]:
+    """Values and gradients of one case, as its arguments are and with every differentiable number as a tensor."""
+    given = case.make(device, dtype)
+    numbers = [name for name in spec.grad_args if isinstance(given[name], float)]
+    comparisons = _compare_call(spec, case.name, given, dtype, backend)
+    if numbers:
+        compute = torch.promote_types(dtype, torch.float32)
+        tensors = {name: torch.tensor(given[name], dtype=compute, device=device) for name in numbers}
+        label = f"{case.name}, tensor {' '.join(numbers)}"
+        comparisons += _compare_call(spec, label, {**given, **tensors}, dtype, backend)
+    return comparisons
+
+
+def _compare_call(spec, label, arguments, dtype, backend) -> list[Comparison]:
+    chosen = {} if backend is None else {"backend": backend}
+    value, grads, _ = evaluate(spec.function, {**arguments, **chosen}, spec.grad_args)
+    eager, eager_grads, _ = evaluate(spec.reference, arguments, spec.grad_args)
+    doubles = _map_floating(arguments, lambda _, tensor: tensor.cpu().double())
+    exact, exact_grads, size = evaluate(spec.reference, doubles, spec.grad_args)
+    nudged, nudged_grads, _ = evaluate(spec.reference, _map_floating(doubles, _nudge), spec.grad_args)
+    comparisons = [compare(f"{label}: value", value, eager, exact, dtype, nudged=nudged)]
+    for name, grad in grads.items():
+        extent = doubles[name].abs().sum().item()
+        # a gradient of this size would change the result in proportion to the argument
+        floor = size / extent if extent else 0.0
+        comparisons.append(
+            compare(
+                f"{label}: gradient of {name}",
+                grad,
+                eager_grads[name],
+                exact_grads[name],
+                dtype,
+                nudged=nudged_grads[name],
+                floor=floor,
+            )
+        )
+    return comparisons
+
+
+def _map_floating(arguments: dict, change) -> dict:
+    return {
+        name: change(name, value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+
+
+def _nudge(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=tensor.dtype) * 2 - 1
+    return tensor * (1 + NUDGE * signs)
