@@ -24,6 +24,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pybind11
 from ninja import ninja_syntax
@@ -69,11 +70,19 @@ def find_nvcc() -> str | None:
     return (home and shutil.which(str(Path(home, "bin", "nvcc")))) or shutil.which("nvcc")
 
 
+def output_of(command: list[str]) -> str:
+    """What a tool prints about itself."""
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise CompileError(f"{shlex.join(command)} failed: {result.stderr.strip()}")
+    return result.stdout
+
+
 def isa_sources(cxx: list[str], warn) -> tuple[dict[Path, list[str]], list[str]]:
     """Each csrc/cpu/isa source with its flags, and the macros that tell every source which ones are there."""
     sources, macros = {CSRC / "cpu/isa/baseline.cpp": []}, []
-    target = subprocess.run([*cxx, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
-    for isa, flags in X86_ISAS.items() if target.startswith("x86_64") else ():
+    is_x86 = output_of([*cxx, "-dumpmachine"]).startswith("x86_64")
+    for isa, flags in X86_ISAS.items() if is_x86 else ():
         probe = subprocess.run(
             [*cxx, *flags, "-x", "c++", "-c", "-o", os.devnull, "-"], input="", capture_output=True, text=True
         )
@@ -198,7 +207,7 @@ class BuildExtension(build_ext):
         if nvcc is None:
             self.warn("nvcc not found (CUDA_HOME or PATH): the CUDA kernels are left out")
             return []
-        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+        known = output_of([nvcc, "--list-gpu-code"]).split()
         archs = [arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]
         missing = [f"sm_{arch}" for arch in CUDA_ARCHS if arch not in archs]
         if missing:
@@ -219,7 +228,7 @@ class Sanitize(Command):
     """Builds and runs every tests/cpp/*.cpp with the kernels, without torch, under each set of sanitizers."""
 
     description = "run the C++ tests under AddressSanitizer + UBSan and under ThreadSanitizer"
-    user_options = ()
+    user_options: ClassVar[list[tuple]] = []
 
     def initialize_options(self) -> None:
         pass
@@ -250,6 +259,8 @@ class Sanitize(Command):
         kernels = [ninja.compile("cxx", source, flags) for source, flags in isas.items()]
         kernels.append(ninja.compile("cxx", CSRC / "cpu/isa.cpp"))
         tests = sorted(path.relative_to(ROOT) for path in (ROOT / "tests/cpp").glob("*.cpp"))
+        if not tests:
+            raise CompileError("tests/cpp holds no program to run")
         programs = [ninja.add("link", test.stem, [ninja.compile("cxx", test), *kernels]) for test in tests]
         ninja.run()
         return programs
