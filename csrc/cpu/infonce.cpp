@@ -1,0 +1,152 @@
+// sslkernels::nt_xent_fwd and nt_xent_bwd for CPU tensors.
+#include "infonce.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../checks.h"
+#include "infonce_double.h"
+#include "isa.h"
+
+namespace sslkernels {
+namespace {
+
+struct TorchThreads {
+  template <class Body>
+  void operator()(int64_t n, const Body& body) const {
+    torch::stable::parallel_for(0, n, 1, body);
+  }
+};
+
+template <class T>
+T* data(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+template <class T>
+const T* const_data(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    default:
+      STD_TORCH_CHECK(false, "nt_xent: z0 and z1 must be float32, bfloat16, float16 or float64");
+  }
+}
+
+constexpr double kMaxBoundedSpan = 80;  // see MAX_BOUNDED_SPAN in ops/infonce/__init__.py
+
+NtXentJob make_job(const Tensor& z0, const Tensor& z1, const Tensor& temperature, bool normalize) {
+  check_views("nt_xent", z0, z1);
+  NtXentJob job{};
+  job.dtype = dtype_of(z0);
+  const bool is_double = job.dtype == Dtype::kFloat64;
+  check_rows("nt_xent", "temperature", temperature, is_double ? ScalarType::Double : ScalarType::Float, 1);
+  job.temperature = is_double ? *const_data<double>(temperature) : *const_data<float>(temperature);
+  STD_TORCH_CHECK(job.temperature != 0, "nt_xent: temperature must not be zero");
+  const Tensor* views[] = {&z0, &z1};
+  for (int v = 0; v < 2; v++) {
+    job.view[v] = views[v]->const_data_ptr();
+    job.row_stride[v] = views[v]->stride(0);
+    job.column_stride[v] = views[v]->stride(1);
+  }
+  job.pairs = z0.size(0);
+  job.dim = z0.size(1);
+  job.normalize = normalize;
+  job.bounded = normalize && 2 / std::fabs(job.temperature) <= kMaxBoundedSpan;  // here the value is known
+  return job;
+}
+
+NtXentKernel kernel_for(const NtXentJob& job, bool bf16_matmul) {
+  return isa().nt_xent(job.dtype == Dtype::kBFloat16 || (bf16_matmul && job.dtype == Dtype::kFloat32));
+}
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Backward = std::tuple<Tensor, Tensor, Tensor>;
+
+Forward nt_xent_fwd_cpu(const Tensor& z0, const Tensor& z1, const Tensor& temperature, bool normalize, bool /*bounded*/,
+                        bool top1, bool bf16_matmul) {
+  NtXentJob job = make_job(z0, z1, temperature, normalize);
+  const int64_t rows = 2 * job.pairs;
+  Tensor loss = torch::stable::new_empty(temperature, {rows}), logsumexp = torch::stable::empty_like(loss);
+  Tensor positive = torch::stable::empty_like(loss);
+  Tensor hit = torch::stable::new_empty(z0, {top1 ? rows : 0}, ScalarType::Bool);
+  if (top1) {
+    job.top1 = true;
+    job.bounded = false;
+    job.hit = data<bool>(hit);
+  }
+  if (job.dtype == Dtype::kFloat64) {
+    NtXentDouble run{job, {}, {}, data<double>(loss), data<double>(logsumexp), data<double>(positive), {}, {}, {}};
+    run.load();
+    TorchThreads()(rows, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) run.forward_row(i);
+    });
+  } else if (rows > 0) {
+    job.loss = data<float>(loss);
+    job.logsumexp = data<float>(logsumexp);
+    job.positive = data<float>(positive);
+    const TorchThreads threads;
+    NtXentRunner(job, kernel_for(job, bf16_matmul), torch::stable::get_num_threads(), threads).forward();
+  }
+  return {loss, logsumexp, positive, hit};
+}
+
+double backward_double(NtXentDouble& run) {
+  run.load();
+  const int64_t rows = 2 * run.job.pairs;
+  std::vector<double> parts(rows);
+  TorchThreads()(rows, [&](int64_t begin, int64_t end) {
+    std::vector<double> g(run.job.dim);
+    for (int64_t i = begin; i < end; i++) parts[i] = run.backward_row(i, g.data());
+  });
+  double total = 0;
+  for (double part : parts) total += part;
+  return total;
+}
+
+Backward nt_xent_bwd_cpu(const Tensor& grad_loss, const Tensor& z0, const Tensor& z1, const Tensor& temperature,
+                         const Tensor& loss, const Tensor& logsumexp, bool normalize, bool /*bounded*/,
+                         bool bf16_matmul) {
+  NtXentJob job = make_job(z0, z1, temperature, normalize);
+  const int64_t rows = 2 * job.pairs;
+  const ScalarType rows_dtype = temperature.scalar_type();
+  const Tensor grad = torch::stable::contiguous(grad_loss);
+  check_rows("nt_xent", "grad_loss", grad, rows_dtype, rows);
+  check_rows("nt_xent", "loss", loss, rows_dtype, rows);
+  check_rows("nt_xent", "logsumexp", logsumexp, rows_dtype, rows);
+  Tensor grad_z0 = torch::stable::new_empty(z0, {job.pairs, job.dim}), grad_z1 = torch::stable::empty_like(grad_z0);
+  Tensor grad_temperature = torch::stable::new_empty(temperature, {});
+  job.grad_view[0] = grad_z0.mutable_data_ptr();
+  job.grad_view[1] = grad_z1.mutable_data_ptr();
+  if (job.dtype == Dtype::kFloat64) {
+    NtXentDouble run{job, {}, {}, {}, {}, {}, const_data<double>(grad), const_data<double>(loss), const_data<double>(logsumexp)};
+    *data<double>(grad_temperature) = backward_double(run);
+    return {grad_z0, grad_z1, grad_temperature};
+  }
+  if (rows > 0) {
+    job.grad_loss = const_data<float>(grad);
+    job.saved_loss = const_data<float>(loss);
+    job.saved_logsumexp = const_data<float>(logsumexp);
+    const TorchThreads threads;
+    NtXentRunner(job, kernel_for(job, bf16_matmul), torch::stable::get_num_threads(), threads).backward();
+  }
+  *data<float>(grad_temperature) = static_cast<float>(job.grad_temperature);
+  return {grad_z0, grad_z1, grad_temperature};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels, CPU, m) {
+  m.impl("nt_xent_fwd", TORCH_BOX(&nt_xent_fwd_cpu));
+  m.impl("nt_xent_bwd", TORCH_BOX(&nt_xent_bwd_cpu));
+}
+
+}  // namespace
+}  // namespace sslkernels

@@ -1,0 +1,87 @@
+// NT-Xent in float64, for gradcheck and reference runs: plain loops over the rows, nothing packed, no symmetry used.
+#pragma once
+#include <cmath>
+#include <vector>
+
+#include "infonce.h"
+
+namespace sslkernels {
+
+struct NtXentDouble {
+  NtXentJob job;
+  std::vector<double> z, scale;  // rows of Z, and what made them so
+  double *loss, *logsumexp, *positive;
+  const double *grad_loss, *saved_loss, *saved_logsumexp;
+
+  void load() {
+    const int64_t rows = 2 * job.pairs, dim = job.dim;
+    z.resize(rows * dim);
+    scale.assign(rows, 1);
+    for (int64_t i = 0; i < rows; i++) {
+      const double* x = static_cast<const double*>(job.view[i % 2]) + i / 2 * job.row_stride[i % 2];
+      double square = 0;
+      for (int64_t d = 0; d < dim; d++) {
+        z[i * dim + d] = x[d * job.column_stride[i % 2]];
+        square += z[i * dim + d] * z[i * dim + d];
+      }
+      if (!job.normalize) continue;
+      const double norm = std::sqrt(square);
+      scale[i] = 1 / (norm < kNormalizeEps ? kNormalizeEps : norm);
+      for (int64_t d = 0; d < dim; d++) z[i * dim + d] *= scale[i];
+    }
+  }
+
+  double logit(int64_t i, int64_t j) const {
+    double s = 0;
+    for (int64_t d = 0; d < job.dim; d++) s += z[i * job.dim + d] * z[j * job.dim + d];
+    return s / job.temperature;
+  }
+
+  void forward_row(int64_t i) {
+    const int64_t rows = 2 * job.pairs, partner = i ^ 1, at = job.output_row(i);
+    const double own = logit(i, partner);
+    double largest = -INFINITY, sum = 0;
+    for (int64_t j = 0; j < rows; j++) {
+      if (j == i || j == partner) continue;
+      const double l = logit(i, j);
+      if (l > largest) {
+        sum = sum * std::exp(largest - l) + 1;
+        largest = l;
+      } else {
+        sum += std::exp(l - largest);
+      }
+    }
+    const double top = largest > own ? largest : own;
+    const double others = sum * std::exp(largest - top), mine = std::exp(own - top);
+    loss[at] = others < mine ? std::log1p(others / mine) : std::log(others + mine) + top - own;
+    logsumexp[at] = loss[at] + own;
+    positive[at] = own;
+    if (job.top1) job.hit[at] = own > largest;
+  }
+
+  // Returns the row's share of the gradient of the temperature. `g` has room for one row.
+  double backward_row(int64_t i, double* g) const {
+    const int64_t rows = 2 * job.pairs, dim = job.dim, at = job.output_row(i);
+    for (int64_t d = 0; d < dim; d++) g[d] = 0;
+    for (int64_t j = 0; j < rows; j++) {
+      if (j == i) continue;
+      const int64_t of = job.output_row(j);
+      double weight;
+      if (j == (i ^ 1)) {
+        weight = grad_loss[at] * std::expm1(-saved_loss[at]) + grad_loss[of] * std::expm1(-saved_loss[of]);
+      } else {
+        const double l = logit(i, j);
+        weight = grad_loss[at] * std::exp(l - saved_logsumexp[at]) + grad_loss[of] * std::exp(l - saved_logsumexp[of]);
+      }
+      for (int64_t d = 0; d < dim; d++) g[d] += weight / job.temperature * z[j * dim + d];
+    }
+    double along = 0;
+    for (int64_t d = 0; d < dim; d++) along += g[d] * z[i * dim + d];
+    const double shrink = job.normalize && scale[i] < 1 / kNormalizeEps ? along : 0;
+    double* out = static_cast<double*>(job.grad_view[i % 2]) + i / 2 * dim;
+    for (int64_t d = 0; d < dim; d++) out[d] = scale[i] * (g[d] - shrink * z[i * dim + d]);
+    return -along / (2 * job.temperature);
+  }
+};
+
+}  // namespace sslkernels

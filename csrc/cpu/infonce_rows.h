@@ -1,0 +1,297 @@
+// The O(N D) part of NT-Xent: reading rows of any dtype and stride, packing them, and what happens to whole rows before
+// and after the tiles. Included by infonce_kernel.h, once per instruction set.
+#pragma once
+#include "infonce.h"
+#include "tile_gemm.h"
+
+namespace sslkernels::SSLK_ISA {
+
+constexpr int64_t kChunk = 512;  // columns of a row handled at a time
+constexpr double kLog2E = 1.4426950408889634;
+
+SSLK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+SSLK_INLINE float from_bits(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+SSLK_INLINE uint32_t to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+SSLK_INLINE float from_bf16(uint16_t h) { return from_bits(uint32_t{h} << 16); }
+SSLK_INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even
+  const uint32_t bits = to_bits(x);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+SSLK_INLINE float from_fp16(uint16_t h) {
+  // The exponent moves into fp32's place; the multiplication mends its bias and normalises denormals.
+  const float magnitude = from_bits((h & 0x7fffu) << 13) * 0x1p112f;
+  const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
+  return from_bits(to_bits(magnitude) | special | (h & 0x8000u) << 16);
+}
+SSLK_INLINE uint16_t to_fp16(float x) {
+  const uint32_t sign = to_bits(x) >> 16 & 0x8000;
+  const float magnitude = from_bits(to_bits(x) & 0x7fffffff);
+  if (x != x) return static_cast<uint16_t>(sign | 0x7e00);
+  if (magnitude >= 65520.f) return static_cast<uint16_t>(sign | 0x7c00);
+  if (magnitude < 0x1p-14f)  // denormal: the addition rounds at the last place of fp16
+    return static_cast<uint16_t>(sign | (to_bits(magnitude + 0.5f) - to_bits(0.5f)));
+  const uint32_t bits = to_bits(magnitude);
+  return static_cast<uint16_t>(sign | ((bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13));
+}
+
+struct Fp32 {
+  typedef float Storage;
+  static float load(float x) { return x; }
+  static float store(float x) { return x; }
+};
+struct Bf16 {
+  typedef uint16_t Storage;
+  static float load(uint16_t x) { return from_bf16(x); }
+  static uint16_t store(float x) { return to_bf16(x); }
+};
+struct Fp16 {
+  typedef uint16_t Storage;
+  static float load(uint16_t x) { return from_fp16(x); }
+  static uint16_t store(float x) { return to_fp16(x); }
+};
+
+// f(type) with the type that the inputs are stored in.
+template <class F>
+SSLK_INLINE void with_storage(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kFloat32) f(Fp32{});
+  if (dtype == Dtype::kBFloat16) f(Bf16{});
+  if (dtype == Dtype::kFloat16) f(Fp16{});
+}
+
+template <class Type>
+SSLK_INLINE const typename Type::Storage* row_start(const NtXentJob& job, int64_t row, int64_t column) {
+  return static_cast<const typename Type::Storage*>(job.view[row % 2]) + row / 2 * job.row_stride[row % 2] +
+         column * job.column_stride[row % 2];
+}
+
+// out[c] = scale * x[row][column + c], for `count` columns.
+inline void read_row(const NtXentJob& job, int64_t row, int64_t column, int64_t count, double scale, float* out) {
+  with_storage(job.dtype, [&](auto type) {
+    const auto* x = row_start<decltype(type)>(job, row, column);
+    const int64_t stride = job.column_stride[row % 2];
+    if (stride == 1) {
+      for (int64_t c = 0; c < count; c++) out[c] = static_cast<float>(scale * type.load(x[c]));
+    } else {
+      for (int64_t c = 0; c < count; c++) out[c] = static_cast<float>(scale * type.load(x[c * stride]));
+    }
+  });
+}
+
+SSLK_INLINE double sum8(const double (&parts)[8]) {
+  return ((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7]));
+}
+
+// a . b in float64, along eight chains.
+SSLK_INLINE double dot(const float* a, const float* b, int64_t count) {
+  double parts[8] = {};
+  int64_t c = 0;
+  for (; c + 8 <= count; c += 8)
+    for (int k = 0; k < 8; k++) parts[k] += static_cast<double>(a[c + k]) * b[c + k];
+  for (; c < count; c++) parts[0] += static_cast<double>(a[c]) * b[c];
+  return sum8(parts);
+}
+
+// Length of a row; float64 holds the square of any float32.
+inline double row_norm(const NtXentJob& job, int64_t row) {
+  double parts[8] = {};
+  with_storage(job.dtype, [&](auto type) {
+    const auto* x = row_start<decltype(type)>(job, row, 0);
+    const int64_t stride = job.column_stride[row % 2];
+    int64_t c = 0;
+    for (; c + 8 <= job.dim; c += 8)
+      for (int k = 0; k < 8; k++) {
+        const double value = type.load(x[(c + k) * stride]);
+        parts[k] += value * value;
+      }
+    for (; c < job.dim; c++) {
+      const double value = type.load(x[c * stride]);
+      parts[0] += value * value;
+    }
+  });
+  return __builtin_sqrt(sum8(parts));
+}
+
+// Sets scale and residual of a row; returns the factor to pack it with. fp32 tiles hold the row of Z itself; bf16 tiles
+// hold the input times a power of two, which is exact for bf16 inputs, and leave the rest to `residual`.
+template <bool kBf16>
+SSLK_INLINE double prepare_row(const NtXentJob& job, int64_t row) {
+  double scale = 1, packed = 1;
+  if (job.normalize) {
+    const double norm = row_norm(job, row), length = norm < kNormalizeEps ? kNormalizeEps : norm;
+    scale = packed = 1 / length;
+    if (kBf16 && __builtin_isfinite(length)) packed = __builtin_ldexp(1.0, -__builtin_ilogb(length));
+  }
+  job.scale[row] = scale;
+  job.residual[row] = static_cast<float>(scale / packed);
+  return packed;
+}
+
+typedef uint32_t Quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+// to[k * kPanel + r] = from[r * from_stride + k] for k < steps and the kPanel rows r; `from` may be read to the next
+// multiple of 4.
+SSLK_INLINE void transpose_panel(const uint32_t* from, int64_t from_stride, int64_t steps, uint32_t* to) {
+  for (int64_t k = 0; k < steps; k += 4)
+    for (int r = 0; r < kPanel; r += 4) {
+      Quad row[4];
+      for (int q = 0; q < 4; q++) row[q] = *reinterpret_cast<const Quad*>(from + (r + q) * from_stride + k);
+      const Quad a = __builtin_shuffle(row[0], row[1], Quad{0, 4, 1, 5}), b = __builtin_shuffle(row[2], row[3], Quad{0, 4, 1, 5});
+      const Quad c = __builtin_shuffle(row[0], row[1], Quad{2, 6, 3, 7}), d = __builtin_shuffle(row[2], row[3], Quad{2, 6, 3, 7});
+      const Quad column[4] = {__builtin_shuffle(a, b, Quad{0, 1, 4, 5}), __builtin_shuffle(a, b, Quad{2, 3, 6, 7}),
+                              __builtin_shuffle(c, d, Quad{0, 1, 4, 5}), __builtin_shuffle(c, d, Quad{2, 3, 6, 7})};
+      for (int q = 0; q < 4 && k + q < steps; q++) *reinterpret_cast<Quad*>(to + (k + q) * kPanel + r) = column[q];
+    }
+}
+
+template <bool kBf16>
+struct PackScratch {
+  alignas(64) float rows[kPanel * kChunk];
+  alignas(64) uint16_t halves[kBf16 ? kPanel * kChunk : 1];
+};
+
+// Packs the kPanel rows of a panel into `panels` and, for the backward, into `columns`.
+template <bool kBf16>
+void pack_chunk(const NtXentJob& job, int64_t panel, int64_t column, bool backward, PackScratch<kBf16>& s) {
+  const int64_t count = min(kChunk, job.dim - column), padded = (count + kPanel - 1) / kPanel * kPanel;
+  uint32_t* to = job.panels + panel * job.words * kPanel + column / (kBf16 ? 2 : 1) * kPanel;
+  if constexpr (kBf16) {
+    for (int64_t i = 0; i < kPanel * kChunk; i++) s.halves[i] = to_bf16(s.rows[i]);
+    const auto* words = reinterpret_cast<const uint32_t*>(s.halves);
+    transpose_panel(words, kChunk / 2, (count + 1) / 2, to);
+  } else {
+    transpose_panel(reinterpret_cast<const uint32_t*>(s.rows), kChunk, count, to);
+  }
+  if (!backward) return;
+  constexpr int64_t kPerWord = kBf16 ? 2 : 1;
+  for (int64_t c = 0; c < padded; c += kPanel) {
+    uint32_t* out = job.columns + ((column + c) * job.padded_rows + panel * kPanel * kPanel) / kPerWord;
+    for (int64_t r = 0; r < kPanel; r += kPerWord, out += kPanel)
+      for (int64_t k = 0; k < kPanel; k++) {
+        if constexpr (kBf16)
+          out[k] = s.halves[r * kChunk + c + k] | uint32_t{s.halves[(r + 1) * kChunk + c + k]} << 16;
+        else
+          out[k] = to_bits(s.rows[r * kChunk + c + k]);
+      }
+  }
+}
+
+// Per row, for the backward: G_ij = e_ij (weight_i + weight_j) when bounded, where e_ij = exp(l_ij - 1/|tau|), and
+// otherwise G_ij = exp(l_ij - logsumexp_i) weight_i + exp(l_ij - logsumexp_j) weight_j.
+SSLK_INLINE void prepare_gradient(const NtXentJob& job, int64_t row) {
+  const int64_t at = job.output_row(row);
+  const double weight = job.grad_loss[at] / job.grad_scale, logsumexp = job.saved_logsumexp[at];
+  const double bound = 1 / __builtin_fabs(job.temperature);
+  job.weight[row] = static_cast<float>(job.bounded ? weight * __builtin_exp(bound - logsumexp) : weight);
+  job.logsumexp2[row] = static_cast<float>(logsumexp * kLog2E);
+}
+
+constexpr float kMasked = -2e38f;     // a logit that takes no part
+constexpr float kNoMaximum = -1e38f;  // the maximum of none: exp2(kMasked - kNoMaximum) is 0
+
+template <bool kBf16>
+void pack(const NtXentJob& job, int64_t panel, bool backward, void* scratch) {
+  auto& s = *static_cast<PackScratch<kBf16>*>(scratch);
+  double packed[kPanel] = {};
+  for (int64_t r = 0; r < kPanel && panel * kPanel + r < job.rows; r++) {
+    const int64_t row = panel * kPanel + r;
+    packed[r] = prepare_row<kBf16>(job, row);
+    if (backward)
+      prepare_gradient(job, row);
+    else
+      job.maxima[row] = kNoMaximum;
+  }
+  for (int64_t column = 0; column < job.dim; column += kChunk) {
+    const int64_t count = min(kChunk, job.dim - column), padded = (count + kPanel - 1) / kPanel * kPanel;
+    for (int64_t r = 0; r < kPanel; r++) {
+      float* out = s.rows + r * kChunk;
+      const int64_t row = panel * kPanel + r, read = row < job.rows ? count : 0;
+      if (read) read_row(job, row, column, read, packed[r], out);
+      for (int64_t c = read; c < padded; c++) out[c] = 0;
+    }
+    pack_chunk<kBf16>(job, panel, column, backward, s);
+  }
+}
+
+// Closes the forward for the pairs of a panel: adds the positive, apart and in float64, to the sum of its negatives.
+inline void forward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
+  auto* z = static_cast<float*>(scratch);
+  for (int64_t row = panel * kPanel; row < min((panel + 1) * kPanel, job.rows); row += 2) {
+    double cosine = 0;
+    for (int64_t column = 0; column < job.dim; column += kChunk) {
+      const int64_t count = min(kChunk, job.dim - column);
+      for (int64_t v = 0; v < 2; v++) read_row(job, row + v, column, count, job.scale[row + v], z + v * kChunk);
+      cosine += dot(z, z + kChunk, count);
+    }
+    const double positive = cosine / job.temperature;
+    for (int64_t v = 0; v < 2; v++) {
+      const int64_t at = job.output_row(row + v);
+      const double offset = job.bounded ? 1 / __builtin_fabs(job.temperature) : job.maxima[row + v] / kLog2E;
+      const double top = offset > positive ? offset : positive;
+      const double others = job.negatives[row + v] * __builtin_exp(offset - top), own = __builtin_exp(positive - top);
+      const double loss = others < own ? __builtin_log1p(others / own) : __builtin_log(others + own) + top - positive;
+      job.loss[at] = static_cast<float>(loss);
+      job.logsumexp[at] = static_cast<float>(loss + positive);
+      job.positive[at] = static_cast<float>(positive);
+      if (job.top1) job.hit[at] = job.packed_positive[row + v] > job.maxima[row + v];
+    }
+  }
+}
+
+// Gradient with respect to two rows of Z, chunk by chunk: the tiles' part, and the positive's, which is added last and in
+// fp32 so that nothing cancels.
+SSLK_INLINE void gradient_chunk(const NtXentJob& job, int64_t row, int64_t column, int64_t count, double positive,
+                                float (*z)[kChunk], float (*g)[kChunk]) {
+  const float scale = static_cast<float>(job.grad_scale / job.temperature), partner = static_cast<float>(positive);
+  for (int64_t v = 0; v < 2; v++) read_row(job, row + v, column, count, job.scale[row + v], z[v]);
+  for (int64_t v = 0; v < 2; v++)
+    for (int64_t c = 0; c < count; c += kPanel) {
+      const float* tiles = job.grad_z + (column + c) * job.padded_rows + (row + v) * kPanel;
+      const int64_t width = min(kPanel, count - c);
+      for (int64_t k = 0; k < width; k++) g[v][c + k] = scale * tiles[k] + partner * z[1 - v][c + k];
+    }
+}
+
+// Closes the backward for the pairs of a panel: through the temperature and the normalisation, into the input's dtype.
+inline void backward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
+  auto* z = static_cast<float(*)[kChunk]>(scratch);
+  auto* g = z + 2;
+  double grad_temperature = 0;
+  for (int64_t row = panel * kPanel; row < min((panel + 1) * kPanel, job.rows); row += 2) {
+    double positive = 0;  // 1 - p of the positive is -expm1(-loss), exact when p is nearly 1
+    for (int64_t v = 0; v < 2; v++) {
+      const int64_t at = job.output_row(row + v);
+      positive += job.grad_loss[at] * __builtin_expm1(-static_cast<double>(job.saved_loss[at])) / job.temperature;
+    }
+    double along[2] = {};
+    for (int64_t column = 0; column < job.dim; column += kChunk) {
+      const int64_t count = min(kChunk, job.dim - column);
+      gradient_chunk(job, row, column, count, positive, z, g);
+      for (int64_t v = 0; v < 2; v++) along[v] += dot(z[v], g[v], count);
+    }
+    grad_temperature -= (along[0] + along[1]) / (2 * job.temperature);
+    for (int64_t column = 0; column < job.dim; column += kChunk) {
+      const int64_t count = min(kChunk, job.dim - column);
+      if (job.dim > kChunk) gradient_chunk(job, row, column, count, positive, z, g);
+      for (int64_t v = 0; v < 2; v++) {
+        const double scale = job.scale[row + v], shrink = job.normalize && scale < 1 / kNormalizeEps ? along[v] : 0;
+        with_storage(job.dtype, [&](auto type) {
+          auto* out = static_cast<typename decltype(type)::Storage*>(job.grad_view[v]) + row / 2 * job.dim + column;
+          for (int64_t c = 0; c < count; c++)
+            out[c] = type.store(static_cast<float>(scale * (g[v][c] - shrink * z[v][c])));
+        });
+      }
+    }
+  }
+  job.grad_temperature_parts[panel] = grad_temperature;
+}
+
+}  // namespace sslkernels::SSLK_ISA

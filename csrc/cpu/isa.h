@@ -1,0 +1,30 @@
+// The instruction sets that the kernels are compiled for, and the one in use.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "infonce.h"
+
+namespace sslkernels {
+
+// Work done by a number of iterations, in flops or exps, for the caller to time.
+struct Peak {
+  double (*multiply_add)(bool bf16, int64_t iterations);
+  double (*exp)(int64_t iterations);
+};
+
+struct Isa {
+  const char* name;
+  NtXentKernel (*nt_xent)(bool bf16);
+  Peak (*peak)();
+  bool (*supported)();
+};
+
+// What was built, from the baseline up.
+const std::vector<Isa>& built_isas();
+
+// The best one that this processor has, or what SSLKERNELS_ISA asks for; throws std::runtime_error, naming the choices,
+// where that cannot run. Read once.
+const Isa& isa();
+
+}  // namespace sslkernels

@@ -1,0 +1,4 @@
+// Every CPU kernel, compiled for this instruction set.
+#define SSLK_ISA avx2
+#include "../infonce_kernel.h"
+#include "../peak.h"

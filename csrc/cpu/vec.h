@@ -1,0 +1,93 @@
+// The vector vocabulary of the kernels, at the width of the instruction set this file is compiled for.
+//
+// Everything here lives in namespace sslkernels::SSLK_ISA, and no standard-library function that could be emitted out of
+// line is used: such a symbol would be merged across the differently compiled copies, and run on a processor without the
+// instructions.
+#pragma once
+#ifndef SSLK_ISA
+#error "define SSLK_ISA, the namespace of the instruction set, before including a kernel header"
+#endif
+
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define SSLK_INLINE inline __attribute__((always_inline))
+#define SSLK_UNROLL _Pragma("GCC unroll 16")
+
+namespace sslkernels::SSLK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kRows = 8;  // 16 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8, kRows = 4;  // 8 accumulators of 16 registers
+#else
+constexpr int kLanes = 4, kRows = 4;
+#endif
+constexpr int kVecs = 2;                 // vectors side by side in a block of the micro-kernel
+constexpr int kPanel = kLanes * kVecs;   // columns of a block, and rows packed together
+#if defined(__AVX512BF16__)
+constexpr bool kHasBf16 = true;
+#else
+constexpr bool kHasBf16 = false;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kLanes), may_alias));
+typedef float VecUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t VecInt __attribute__((vector_size(4 * kLanes), may_alias));
+typedef float Float __attribute__((may_alias));
+
+SSLK_INLINE Vec load(const void* p) { return *static_cast<const Vec*>(p); }
+SSLK_INLINE void store(void* p, Vec v) { *static_cast<Vec*>(p) = v; }
+SSLK_INLINE Vec load_unaligned(const void* p) { return *static_cast<const VecUnaligned*>(p); }
+SSLK_INLINE void store_unaligned(void* p, Vec v) { *static_cast<VecUnaligned*>(p) = v; }
+SSLK_INLINE Vec broadcast(float x) { return x - Vec{}; }
+SSLK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+SSLK_INLINE float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; i++) total += v[i];
+  return total;
+}
+SSLK_INLINE float maximum(Vec v) {
+  float largest = v[0];
+  for (int i = 1; i < kLanes; i++) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+SSLK_INLINE VecInt lane_index() {
+  VecInt v{};
+  for (int i = 0; i < kLanes; i++) v[i] = i;
+  return v;
+}
+
+#if defined(__AVX512F__)
+constexpr __mmask16 kAllLanes = 0xffff;  // the unmasked intrinsics raise a false warning in gcc 12 (its bug 105593)
+#endif
+
+// 2^x with a relative error of 1.5e-7 for |x| <= 126; below -126 it is 0 or a denormal. The fraction goes through a
+// minimax polynomial of degree 5 on [-0.5, 0.5].
+SSLK_INLINE Vec exp2(Vec x) {
+#if defined(__AVX512F__)
+  const Vec whole = _mm512_maskz_roundscale_ps(kAllLanes, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec magic = broadcast(12582912.f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const Vec shifted = x + magic, whole = shifted - magic;
+#endif
+  const Vec f = x - whole;
+  Vec p = broadcast(1.327647199e-3f);
+  p = p * f + 9.675541334e-3f;
+  p = p * f + 5.550713273e-2f;
+  p = p * f + 2.402211972e-1f;
+  p = p * f + 6.931469671e-1f;
+  p = p * f + 1.000000072f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(kAllLanes, p, whole);
+#else
+  const Vec scaled = (Vec)((VecInt)p + ((VecInt)shifted << 23));
+  return x < broadcast(-126.f) ? Vec{} : scaled;
+#endif
+}
+
+}  // namespace sslkernels::SSLK_ISA
