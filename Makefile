@@ -43,6 +43,7 @@ format: .venv/.installed ## rewrite the sources in that style
 	.venv/bin/clang-format -i $(CPP)
 
 wheel: .venv/.installed ## build dist/*.whl against the torch of .venv
+	@rm -rf build/lib.* # setuptools would pack modules that are long deleted
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 build: .venv/.installed ## bring the compiled extension up to date
@@ -51,7 +52,7 @@ build: .venv/.installed ## bring the compiled extension up to date
 clean: ## remove what was built; .venv stays
 	rm -rf build dist sslkernels.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f sslkernels/_C.*.so
-	find sslkernels tests bench -name __pycache__ -type d -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # pip cannot tell a package whose installation was cut off: where .unfinished was left behind, start again
 .venv/.installed: pyproject.toml Makefile

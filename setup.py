@@ -214,13 +214,14 @@ class BuildExtension(build_ext):
             self.warn(f"{nvcc} cannot compile for {', '.join(missing)}, which is left out")
         if not archs:
             return []
-        flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        flags.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # later GPUs compile this one
-        flags += ["-O3", "-DNDEBUG", "-std=c++17", "-Xptxas=-v,-warn-spills", "--expt-relaxed-constexpr"]
+        gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")  # later GPUs compile this one
+        flags = ["-O3", "-DNDEBUG", "-std=c++17", "-Xptxas=-v,-warn-spills", "--expt-relaxed-constexpr"]
         flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *(["-Werror=all-warnings"] if WERROR else [])]
-        host = [nvcc, f"-ccbin={shutil.which(cxx[-1]) or cxx[-1]}"]
-        ninja.rules["nvcc"] = compile_rule([*host, *flags, *common])
-        ninja.rules["link"] = link_rule([*host, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"], libraries)
+        command = [nvcc, f"-ccbin={shutil.which(cxx[-1]) or cxx[-1]}", *gencode]
+        ninja.rules["nvcc"] = compile_rule([*command, *flags, *common])
+        link = [*command, "-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"]
+        ninja.rules["link"] = link_rule(link, libraries)
         return [ninja.compile("nvcc", source) for source in sources]
 
 
