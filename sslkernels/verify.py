@@ -1,192 +1,237 @@
-"""Checks every op against its definition, in numbers: as exact as PyTorch itself, or it fails.
-
-The rule: the error against the fp64 reference is at most the error of the same reference run in the dtype of the
-inputs ("eager"), plus a stated tolerance.
-"""
+"""`sslkernels verify`: every op of the registry against its definition, on this machine with what is installed."""
 
 from __future__ import annotations
 
-import zlib
-from dataclasses import dataclass
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslkernels.registry import Case, OpSpec
+from sslkernels import numerics, registry
+from sslkernels._library import backends
+from sslkernels._table import print_table
+from sslkernels.numerics import Comparison, Evaluation, Expected
+from sslkernels.registry import OpSpec
 
-# Of an error relative to the scale that `compare` describes. fp32: 16 roundings. 16 bits: one rounding, since gradients
-# are returned in the dtype of the inputs. fp64: eager is itself the exact result, so this is the whole allowance.
-TOLERANCE = {
-    torch.float64: 2.0**-40,
-    torch.float32: 2.0**-20,
-    torch.float16: 2.0**-11,
-    torch.bfloat16: 2.0**-8,
-}
-NUDGE = 2.0**-24  # relative size of the input changes that show how well conditioned a result is
+PLAIN_CASES = 2  # so many of an op's first cases go through opcheck and torch.compile, which take seconds each
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """How far one tensor is from the exact result, and how far eager PyTorch is."""
+class Target:
+    """Where an op is checked: ``backend`` is None for the one that is active, whose name is ``label``."""
 
+    op: str
+    device: str
+    label: str
+    backend: str | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Check:
+    """One verdict: a comparison of numbers, or a property with the reason why it does not hold."""
+
+    target: Target
     name: str
-    error: float  # the largest of the tensor, relative to the scale of its row
-    eager_error: float
-    rms: float
-    eager_rms: float
-    tolerance: float  # of the error
-    rms_tolerance: float
-    worst: tuple[int, ...]  # index of the largest error
-    actual: float  # the two values there
-    exact: float
-    failing: float  # share of the elements beyond the limit
-
-    @property
-    def passed(self) -> bool:
-        return self.error <= self.eager_error + self.tolerance and self.rms <= self.eager_rms + self.rms_tolerance
+    case: str
+    passed: bool
+    comparison: Comparison | None = None
+    reason: str = ""
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: error {self.error:.2e} (eager {self.eager_error:.2e} + {self.tolerance:.1e}), "
-            f"rms {self.rms:.2e} (eager {self.eager_rms:.2e} + {self.rms_tolerance:.1e}); "
-            f"worst at {list(self.worst)}: {self.actual:.9g}, exact {self.exact:.9g}; "
-            f"{self.failing:.2%} beyond the limit"
+        target = self.target
+        place = f"{target.op}, {target.device}, {target.label}, {dtype_name(target.dtype)}"
+        return f"{place}: {self.comparison or f'{self.case}: {self.name}: {self.reason}'}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def verify(
+    ops: list[str] | None = None,
+    dtypes: list[torch.dtype] | None = None,
+    devices: list[str] | None = None,
+    backend: str | None = None,
+) -> tuple[list[Check], list[str]]:
+    """All checks of the chosen ops (None: every one), and what could not run here, with the reason."""
+    checks, absent = [], []
+    specs = [spec for spec in registry.ops() if ops is None or spec.name in ops]
+    for device in devices or ["cpu", "cuda"]:
+        if device == "cuda" and not torch.cuda.is_available():
+            absent.append("cuda: torch sees no CUDA device, so no CUDA kernel ran")
+            continue
+        for spec in specs:
+            report = backends()[spec.name][device]
+            absent += [f"{spec.name} on {device}: {missing}: {why}" for missing, why in report.absent.items()]
+            # the active one is called as users call it: without a name
+            available = {"torch op" if report.active == "reference" else report.active: None, "reference": "reference"}
+            chosen = {label: key for label, key in available.items() if backend in (None, label)}
+            if not chosen:
+                absent.append(f"{spec.name} on {device}: {backend}: not among {', '.join(available)}")
+            for dtype in spec.dtypes:
+                if dtypes is None or dtype in dtypes:
+                    targets = [Target(spec.name, device, label, key, dtype) for label, key in chosen.items()]
+                    checks += check_targets(spec, targets)
+    return checks, absent
+
+
+def check_targets(spec: OpSpec, targets: list[Target]) -> list[Check]:
+    """Every check of one op in one dtype on one device, for several backends."""
+    checks = []
+    for index, case in enumerate(spec.tagged("verify") if targets else ()):
+        dtype, device = targets[0].dtype, targets[0].device
+        for label, arguments in numerics.calls(spec, case, dtype, device):
+            expected = numerics.expect(spec, arguments)
+            for target in targets:
+                checks += _check_numbers(spec, target, label, arguments, expected)
+                if index < PLAIN_CASES and dtype == spec.dtypes[0] and target.backend is None:
+                    checks.append(_check("opcheck", target, label, _torch_ops_hold, spec, arguments))
+                    checks.append(_check("compiled", target, label, _compiled_agrees, spec, arguments))
+    return checks
+
+
+def _check_numbers(spec: OpSpec, target: Target, label: str, arguments: dict, expected: Expected) -> list[Check]:
+    function = numerics.with_backend(spec.function, target.backend)
+    try:
+        first, second = (numerics.evaluate(function, arguments, spec.grad_args) for _ in range(2))
+        comparisons = numerics.compare_call(label, first, expected, target.dtype)
+    except Exception as error:  # a crash is a finding, to be reported beside the others
+        return [Check(target, "value", label, False, reason=_describe(error))]
+    checks = [Check(target, c.name, label, c.passed, c) for c in comparisons]
+    return [*checks, _check("deterministic", target, label, _bitwise_equal, first, second)]
+
+
+def _check(name: str, target: Target, label: str, holds: Callable, *args) -> Check:
+    """The verdict of ``holds``, which raises unless the property holds."""
+    try:
+        holds(*args)
+    except Exception as error:
+        return Check(target, name, label, False, reason=_describe(error))
+    return Check(target, name, label, True)
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+def _bitwise_equal(first: Evaluation, second: Evaluation) -> None:
+    pairs = {"value": (first.value, second.value)}
+    pairs |= {f"grad_{name}": (grad, second.grads[name]) for name, grad in first.grads.items()}
+    for name, tensors in pairs.items():
+        one, two = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors)
+        if not torch.equal(one, two):
+            raise AssertionError(f"{name} differs between two runs")
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the first call of every operator of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "sslkernels":
+            self.seen.setdefault(func, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _torch_ops_hold(spec: OpSpec, arguments: dict) -> None:
+    with _Recorder() as recorder:
+        numerics.evaluate(spec.function, arguments, spec.grad_args)
+    called = {func._schema.name.removeprefix("sslkernels::"): func for func in recorder.seen}
+    if set(called) != set(spec.torch_ops):
+        raise AssertionError(f"called the operators {sorted(called)}, registered are {sorted(spec.torch_ops)}")
+    for name, func in called.items():
+        args, kwargs = recorder.seen[func]
+        if name != spec.torch_ops[0]:  # backward operators cannot be differentiated again
+            args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+        torch.library.opcheck(func, tuple(args), kwargs)
+
+
+def _compiled_agrees(spec: OpSpec, arguments: dict) -> None:
+    torch._dynamo.reset()
+    # aot_eager captures and functionalises as inductor does, and needs no compiler on the machine
+    compiled = torch.compile(spec.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    actual = numerics.evaluate(compiled, arguments, spec.grad_args)
+    expected = numerics.evaluate(spec.function, arguments, spec.grad_args)
+    torch.testing.assert_close(actual.value, expected.value)
+    torch.testing.assert_close(actual.grads, expected.grads)
+
+
+def summary(checks: list[Check]) -> list[list[str]]:
+    """A row for each check of each target: its worst case."""
+    groups: dict[tuple, list[Check]] = {}
+    for check in checks:
+        groups.setdefault((check.target, check.name), []).append(check)
+    rows = []
+    for (target, name), members in groups.items():
+        worst = min(members, key=lambda check: (check.passed, -_share_of_limit(check)))
+        numbers = worst.comparison
+        rows.append(
+            [
+                target.op,
+                f"{target.device} {target.label}",
+                dtype_name(target.dtype),
+                name,
+                str(len(members)),
+                f"{numbers.error:.1e}" if numbers else "",
+                f"{numbers.eager_error:.1e}" if numbers else "",
+                worst.case if numbers or not worst.passed else "",
+                "ok" if all(member.passed for member in members) else "FAIL",
+            ]
         )
+    return rows
 
 
-def compare(
-    name: str,
-    actual: torch.Tensor,
-    eager: torch.Tensor,
-    exact: torch.Tensor,
-    dtype: torch.dtype,
-    *,
-    nudged: torch.Tensor | None = None,
-    floor: float = 0.0,
-) -> Comparison:
-    """Measure ``actual`` and ``eager`` against ``exact``, for inputs of ``dtype``.
-
-    An error is relative to the magnitude of its row (the last dimension; of itself in a vector or a scalar) or of the
-    median row, whichever is larger: no huge row hides the others, and no row that happens to be tiny is held to an
-    accuracy that nobody needs. A magnitude is the largest ``|exact|``, or ``floor``, or what the row gains when all
-    inputs change by 100 %, extrapolated from ``nudged``, the exact result for inputs changed by `NUDGE`: where a
-    result is ill-conditioned, or is zero because large terms cancel, its own size says nothing about rounding.
-
-    What overflows the dtype of ``actual`` counts as its largest number on both sides, so an infinity of the right sign
-    is right. A NaN is an infinite error. Where eager is not finite it grants no allowance.
-
-    The root mean square of the errors obeys the rule too, with a quarter of the tolerance: a bias of every element can
-    hide below the worst one of eager's.
-    """
-    if actual.shape != exact.shape:
-        raise ValueError(f"{name}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}")
-    tolerance = TOLERANCE[dtype]
-    if not exact.numel():
-        return Comparison(name, 0.0, 0.0, 0.0, 0.0, tolerance, tolerance, (), 0.0, 0.0, 0.0)
-    output = actual.dtype
-    largest = torch.finfo(output).max
-    actual, eager, exact, nudged = (
-        tensor.detach().cpu().double() for tensor in (actual, eager, exact, exact if nudged is None else nudged)
-    )
-    lost = ~eager.isfinite()
-    exact, nudged = exact.clamp(-largest, largest), nudged.clamp(-largest, largest)
-    smallest = max(torch.finfo(dtype).tiny for dtype in (output, torch.float32))
-    scale = _scale(exact, nudged, floor, smallest)
-    error = ((actual.clamp(-largest, largest) - exact).abs() / scale).nan_to_num(nan=torch.inf)
-    eager_error = ((eager.clamp(-largest, largest) - exact).abs() / scale).masked_fill(lost, 0)
-    worst = tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
-    limit = eager_error.max() + tolerance
-    return Comparison(
-        name,
-        error.max().item(),
-        eager_error.max().item(),
-        error.square().mean().sqrt().item(),
-        eager_error.square().mean().sqrt().item(),
-        tolerance,
-        tolerance / min(4, error.numel() ** 0.5),
-        worst,
-        actual[worst].item(),
-        exact[worst].item(),
-        (error > limit).double().mean().item(),
-    )
+def _share_of_limit(check: Check) -> float:
+    numbers = check.comparison
+    return numbers.error / (numbers.eager_error + numbers.tolerance) if numbers else 0.0
 
 
-def _scale(exact: torch.Tensor, nudged: torch.Tensor, floor: float, smallest: float) -> torch.Tensor:
-    magnitude = torch.maximum(exact.abs(), (nudged - exact).abs() / NUDGE).clamp_min(floor)
-    if exact.dim() > 1:
-        magnitude = magnitude.amax(dim=-1, keepdim=True)
-    scale = magnitude.clamp_min(magnitude.median())
-    # no relative accuracy below the smallest normal number; where all is exactly zero the error is absolute
-    return scale.clamp_min(smallest).masked_fill(scale == 0, 1)
+COLUMNS = ("op", "on", "dtype", "check", "cases", "error", "eager", "nearest to its limit", "verdict")
 
 
-def evaluate(function, arguments: dict, grad_args: tuple[str, ...]) -> tuple[torch.Tensor, dict, float]:
-    """Value of ``function``, gradients of its tensor arguments in ``grad_args``, and the size of what was derived.
-
-    The output is weighted with fixed random numbers, so every row takes part with a gradient of its own.
-    """
-    leaves = {
-        name: arguments[name].detach().requires_grad_()
-        for name in grad_args
-        if isinstance(arguments[name], torch.Tensor)
-    }
-    value = function(**{**arguments, **leaves})
-    generator = torch.Generator().manual_seed(value.numel())
-    # bf16 numbers, so that they are the same in every dtype
-    weight = torch.randn(value.shape, generator=generator).bfloat16().to(value)
-    weighted = value * weight
-    grads = torch.autograd.grad(weighted.sum(), list(leaves.values()))
-    return value.detach(), dict(zip(leaves, grads, strict=True)), weighted.abs().sum().item()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Check every op against its definition: values, gradients, determinism, torch integration."
+    names = [spec.name for spec in registry.ops()]
+    dtypes = sorted({dtype_name(dtype) for spec in registry.ops() for dtype in spec.dtypes})
+    parser.add_argument("--op", action="append", choices=names, help="only this op (repeatable)")
+    parser.add_argument("--dtype", action="append", choices=dtypes, help="only this dtype (repeatable)")
+    parser.add_argument("--device", action="append", choices=("cpu", "cuda"), help="only this device (repeatable)")
+    parser.add_argument("--backend", choices=("cpp", "triton", "cuda", "torch op", "reference"), help="only this one")
+    parser.add_argument("--json", metavar="FILE", help="also write every check to FILE")
 
 
-def check_case(
-    spec: OpSpec, case: Case, dtype: torch.dtype, device: str = "cpu", backend: str | None = None
-) -> list[Comparison]:
-    """Values and gradients of one case, as its arguments are and with every differentiable number as a tensor."""
-    given = case.make(device, dtype)
-    numbers = [name for name in spec.grad_args if isinstance(given[name], float)]
-    comparisons = _compare_call(spec, case.name, given, dtype, backend)
-    if numbers:
-        compute = torch.promote_types(dtype, torch.float32)
-        tensors = {name: torch.tensor(given[name], dtype=compute, device=device) for name in numbers}
-        label = f"{case.name}, tensor {' '.join(numbers)}"
-        comparisons += _compare_call(spec, label, {**given, **tensors}, dtype, backend)
-    return comparisons
+def main(args: argparse.Namespace) -> int:
+    start = time.perf_counter()
+    dtypes = args.dtype and [getattr(torch, name) for name in args.dtype]
+    checks, absent = verify(args.op, dtypes, args.device, args.backend)
+    seconds = time.perf_counter() - start
+    failed = [check for check in checks if not check.passed]
+    if checks:
+        print_table("Error against fp64, relative to each row's scale", COLUMNS, summary(checks))
+    for check in failed:
+        print(f"FAIL  {check}")
+    for line in absent:
+        print(f"not run: {line}")
+    ran = ", ".join(dict.fromkeys(f"{c.target.label} on {c.target.device}" for c in checks)) or "nothing"
+    print(f"{len(checks)} checks of {ran} in {seconds:.0f} s: {len(failed) or 'none'} failed")
+    if args.json:
+        _write_json(args.json, checks, absent, seconds)
+    return 1 if failed or not checks else 0
 
 
-def _compare_call(spec, label, arguments, dtype, backend) -> list[Comparison]:
-    chosen = {} if backend is None else {"backend": backend}
-    value, grads, _ = evaluate(spec.function, {**arguments, **chosen}, spec.grad_args)
-    eager, eager_grads, _ = evaluate(spec.reference, arguments, spec.grad_args)
-    doubles = _map_floating(arguments, lambda _, tensor: tensor.cpu().double())
-    exact, exact_grads, size = evaluate(spec.reference, doubles, spec.grad_args)
-    nudged, nudged_grads, _ = evaluate(spec.reference, _map_floating(doubles, _nudge), spec.grad_args)
-    comparisons = [compare(f"{label}: value", value, eager, exact, dtype, nudged=nudged)]
-    for name, grad in grads.items():
-        extent = doubles[name].abs().sum().item()
-        # a gradient of this size would change the result in proportion to the argument
-        floor = size / extent if extent else 0.0
-        comparisons.append(
-            compare(
-                f"{label}: gradient of {name}",
-                grad,
-                eager_grads[name],
-                exact_grads[name],
-                dtype,
-                nudged=nudged_grads[name],
-                floor=floor,
-            )
-        )
-    return comparisons
-
-
-def _map_floating(arguments: dict, change) -> dict:
-    return {
-        name: change(name, value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
-
-
-def _nudge(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=tensor.dtype) * 2 - 1
-    return tensor * (1 + NUDGE * signs)
+def _write_json(path: str, checks: list[Check], absent: list[str], seconds: float) -> None:
+    rows = [asdict(check) for check in checks]
+    for row in rows:
+        row["target"]["dtype"] = dtype_name(row["target"]["dtype"])
+    report = {"torch": torch.__version__, "seconds": seconds, "checks": rows, "not_run": absent}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(report, file, indent=1)
+        file.write("\n")
