@@ -130,7 +130,7 @@ def _temperature(name: str, temperature, z0: torch.Tensor, normalize: bool) -> t
         return temperature.reshape(()).to(compute), False  # its value is known on its device alone
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"{name}: temperature must be a float or a tensor, got {type(temperature).__name__}")
-    if temperature == 0 or not math.isfinite(temperature):
+    if temperature == 0 or not -math.inf < temperature < math.inf:  # math.isfinite breaks the graph
         raise ValueError(f"{name}: temperature must be finite and not zero, got {temperature}")
     bounded = normalize and 2 / abs(temperature) <= MAX_BOUNDED_SPAN
     return torch.full((), temperature, dtype=compute, device=z0.device), bounded
