@@ -255,7 +255,8 @@ def test_the_compiled_kernels_serve_the_cpu():
 
 
 @pytest.mark.parametrize(
-    "ci, outcome", [("", "1 passed, 4 skipped, 1 xfailed"), ("true", "3 failed, 1 passed, 1 skipped")]
+    "ci, outcome",
+    [("", "1 passed, 4 skipped, 1 xfailed"), ("true", "2 failed, 1 passed, 1 skipped, 1 xfailed, 1 error")],
 )
 def test_ci_allows_a_skip_for_missing_hardware_only(tmp_path, ci, outcome):
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
