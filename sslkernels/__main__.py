@@ -1,0 +1,5 @@
+import sys
+
+from sslkernels.cli import main
+
+sys.exit(main())
