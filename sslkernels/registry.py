@@ -21,12 +21,17 @@ class Cost:
 
     forward_flops: float
     backward_flops: float
-    exps: float
+    forward_exps: float
+    backward_exps: float
     bytes: float
 
     @property
     def flops(self) -> float:
         return self.forward_flops + self.backward_flops
+
+    @property
+    def exps(self) -> float:
+        return self.forward_exps + self.backward_exps
 
 
 @dataclass(frozen=True)

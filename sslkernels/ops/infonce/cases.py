@@ -12,11 +12,12 @@ from sslkernels.registry import Case, Cost, OpSpec
 def nt_xent_cost(views: int, dim: int, itemsize: int = 4) -> Cost:
     """Half a unit forward and one and a half backward, one unit being one GEMM of 2 views^2 dim flops.
 
-    The upper triangle of tiles is visited once in each direction, with one exp an element. Bytes: both passes read
+    The upper triangle of tiles is visited once in each pass, with one exp an element. Bytes: both passes read
     the embeddings, the backward writes their gradients.
     """
     unit = 2.0 * views * views * dim
-    return Cost(0.5 * unit, 1.5 * unit, float(views) * views, 3.0 * views * dim * itemsize)
+    exps = 0.5 * views * views
+    return Cost(0.5 * unit, 1.5 * unit, exps, exps, 3.0 * views * dim * itemsize)
 
 
 def _embeddings(pairs: int, dim: int, device, dtype, *, noise: float = 0.5, seed: int = 0):
