@@ -198,7 +198,7 @@ def test_instruction_set_the_compiler_lacks_is_left_out(project):
 
 def test_other_machines_get_the_baseline_only(project):
     require_cxx()
-    other = fake_cxx(project, "*-dumpmachine*) echo aarch64-linux-gnu; exit;; *-mavx*) exit 1;;")
+    other = fake_cxx(project, "*-dumpmachine*) echo aarch64-linux-gnu; exit;;")
     output = build(project, CXX=other)
     assert "isa/baseline.cpp" in output
     assert "isa/avx2.cpp" not in output
