@@ -63,10 +63,11 @@ def _bench(args: argparse.Namespace) -> int:
             return _fail("bench", f"the package {package} is missing: pip install 'sslkernels[bench]'")
     if args.device == "cuda" and not torch.cuda.is_available():
         return _fail("bench", "torch sees no CUDA device")
-    json, table = Path(args.json), Path(args.json).with_suffix(".md")
+    json = Path(args.json).resolve()
+    table = json.with_suffix(".md")
     command = [sys.executable, "-m", "pytest", str(BENCH), "-q", "--benchmark-json", str(json), "--benchmark-quiet"]
     command += [f"--device={args.device}"] + ["--quick"] * args.quick + (["-k", args.k] if args.k else [])
-    status = subprocess.run(command).returncode
+    status = subprocess.run(command, cwd=BENCH.parent).returncode
     if status == 0:
         report = subprocess.run(
             [sys.executable, str(BENCH / "report.py"), str(json)], stdout=subprocess.PIPE, text=True
