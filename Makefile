@@ -56,7 +56,7 @@ clean: ## remove what was built; .venv stays
 
 # pip cannot tell a package whose installation was cut off: where .unfinished was left behind, start again
 .venv/.installed: pyproject.toml Makefile
-	@if [ -e .venv/.unfinished ] || ! $(VENV_PYTHON) -m pip --version >/dev/null 2>&1; then rm -rf .venv; fi
+	@if [ -e .venv/.unfinished ] || ! $(VENV_PYTHON) -m pip --version >/dev/null 2>&1; then rm -rf .venv/bin .venv; fi
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo 'sslkernels needs Python 3.10 or later: make PYTHON=python3.12'; exit 1; }
 	@mkdir -p .venv && touch .venv/.unfinished
