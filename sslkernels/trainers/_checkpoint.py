@@ -1,0 +1,75 @@
+"""Checkpoints that survive an end at any moment: the file is the old one or the new one, never a part of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+
+from sslkernels.trainers import TrainError
+from sslkernels.trainers._distributed import World
+from sslkernels.trainers._options import curve_options
+
+NAME = "checkpoint.pt"
+
+
+def begin(args: argparse.Namespace, world: World) -> dict:
+    """Prepare the folder of a run and the threads; returns the checkpoint to go on from, or an empty dict."""
+    path = args.out / NAME
+    saved = load(path) if args.resume and path.exists() else {}
+    if saved:
+        check_same(saved["options"], curve_options(args, world.size))
+    elif path.exists() and not args.overwrite:
+        raise TrainError(f"{args.out} holds a run: --resume goes on with it, --overwrite begins anew")
+    if args.threads or saved:
+        # sums are split among threads: another number of them would change the last bits
+        torch.set_num_threads(saved.get("threads") or args.threads)
+    if world.leads and not saved:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        shutil.rmtree(args.out / "tensorboard", ignore_errors=True)
+    return saved
+
+
+def save(args: argparse.Namespace, world: World, state: dict) -> None:
+    options = curve_options(args, world.size)
+    write_atomically({"options": options, "threads": torch.get_num_threads(), **state}, args.out / NAME)
+
+
+def write_atomically(state: dict, path: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name too reaches the disk
+    finally:
+        os.close(folder)
+
+
+def load(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise TrainError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+
+
+def check_same(saved: dict, options: dict) -> None:
+    """A curve goes on identically only under the options that it began with."""
+    for name, value in options.items():
+        if saved.get(name) != value:
+            raise TrainError(
+                f"--resume: the run began with --{name.replace('_', '-')} {saved.get(name)}, not {value}; "
+                "options that shape the curve must stay"
+            )

@@ -1,0 +1,56 @@
+"""Backbones from timm, fitted to small images, and the projector that contrastive methods train on top."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import timm
+from timm.layers import GroupNorm
+from timm.models.resnet import ResNet
+from torch import nn
+
+from sslkernels.trainers import TrainError
+from sslkernels.trainers._data import ImageData
+
+SMALL_IMAGE = 64  # below it a ResNet's stem must not shrink the image
+
+
+def build_backbone(name: str, data: ImageData, norm: str) -> nn.Module:
+    """timm's model of that name without its classifier; it returns features (N, num_features)."""
+    if not timm.is_model(name):
+        raise TrainError(f"--backbone: timm {timm.__version__} has no model {name!r} (timm.list_models() lists them)")
+    options = {"num_classes": 0, "in_chans": data.channels}
+    backbone = _create(name, data.image_size, options)
+    if norm == "group" and _has_batch_norm(backbone):
+        try:
+            backbone = _create(name, data.image_size, {**options, "norm_layer": partial(GroupNorm, num_groups=8)})
+        except (TypeError, ValueError) as error:
+            raise TrainError(f"--norm group does not fit --backbone {name}: {error}") from error
+        if _has_batch_norm(backbone):
+            raise TrainError(f"--norm group does not fit --backbone {name}: some batch norm remains")
+    if isinstance(backbone, ResNet) and data.image_size < SMALL_IMAGE:
+        _keep_resolution(backbone, data.channels)
+    return backbone
+
+
+def _create(name: str, image_size: int, options: dict) -> nn.Module:
+    try:
+        return timm.create_model(name, img_size=image_size, **options)
+    except TypeError:  # convolutions take any size and have no such argument
+        return timm.create_model(name, **options)
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def _keep_resolution(resnet: ResNet, channels: int) -> None:
+    """SimCLR's stem for small images (its appendix B.9): one 3x3 convolution of stride 1, no pooling."""
+    resnet.conv1 = nn.Conv2d(channels, len(resnet.bn1.weight), kernel_size=3, padding=1, bias=False)
+    resnet.maxpool = nn.Identity()
+
+
+def projector(features: int, dim: int, norm: str) -> nn.Module:
+    """SimCLR's head: the loss shapes its output, the probe reads its input."""
+    middle = nn.BatchNorm1d(features) if norm == "batch" else nn.LayerNorm(features)
+    return nn.Sequential(nn.Linear(features, features, bias=False), middle, nn.ReLU(), nn.Linear(features, dim))
