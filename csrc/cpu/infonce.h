@@ -4,14 +4,11 @@
 // Rows are the two views interleaved, row 2i = z0[i] and row 2i + 1 = z1[i], so that a row's positive is its neighbour
 // and only tiles on the diagonal need a mask. Results are stored in the order of the public op: all of z0, then z1.
 #pragma once
-#include <sys/mman.h>
-
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
 #include "tournament.h"
+#include "workspace.h"
 
 namespace sslkernels {
 
@@ -48,6 +45,7 @@ struct NtXentJob {
   double* scale;      // what turns a row of the input into a row of Z
   float* residual;    // what the packed row still has to be multiplied by (bf16 tiles; otherwise 1)
   float *negatives, *maxima, *packed_positive;  // per row: sum of exp over the negatives, its offset (base 2), and s
+  double* cosine;                               // forward, per row: z . z of its positive
   float *weight, *logsumexp2;                   // backward, per row: factor of exp, and offset (base 2)
   double grad_scale;                            // the largest |grad_loss|, taken out of `weight`
   double* grad_temperature_parts;               // one per panel
@@ -65,39 +63,6 @@ struct NtXentKernel {
   void (*forward_rows)(const NtXentJob&, int64_t panel, void* scratch);
   void (*backward_tile)(const NtXentJob&, int64_t i0, int64_t j0, void* scratch);
   void (*backward_rows)(const NtXentJob&, int64_t panel, void* scratch);
-};
-
-// One zeroed block of memory, handed out in aligned pieces.
-class Workspace {
- public:
-  Workspace() = default;
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  ~Workspace() {
-    if (memory_) munmap(memory_, bytes_);
-  }
-
-  // Two passes over the same layout function: the first counts, the second hands out.
-  template <class Layout>
-  void allocate(const Layout& layout) {
-    layout(*this);
-    bytes_ = used_;
-    used_ = 0;
-    void* memory = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    memory_ = static_cast<char*>(memory);
-    madvise(memory_, bytes_, MADV_HUGEPAGE);  // with 4 KiB pages the faults alone cost several per cent
-    layout(*this);
-  }
-  template <class T>
-  void take(T*& pointer, int64_t count) {
-    pointer = memory_ ? reinterpret_cast<T*>(memory_ + used_) : nullptr;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 127) / 128 * 128;
-  }
-
- private:
-  char* memory_ = nullptr;
-  int64_t used_ = 0, bytes_ = 0;
 };
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
@@ -150,6 +115,7 @@ class NtXentRunner {
         w.take(job_.logsumexp2, rows);
         w.take(job_.grad_temperature_parts, rows / kernel_.panel);
       } else {
+        w.take(job_.cosine, rows);
         w.take(job_.negatives, rows);
         w.take(job_.maxima, rows);
         w.take(job_.packed_positive, rows);

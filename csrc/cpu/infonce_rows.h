@@ -100,33 +100,24 @@ SSLK_INLINE double dot(const float* a, const float* b, int64_t count) {
   return sum8(parts);
 }
 
-// Length of a row; float64 holds the square of any float32.
-inline double row_norm(const NtXentJob& job, int64_t row) {
-  double parts[8] = {};
-  with_storage(job.dtype, [&](auto type) {
-    const auto* x = row_start<decltype(type)>(job, row, 0);
-    const int64_t stride = job.column_stride[row % 2];
-    int64_t c = 0;
-    for (; c + 8 <= job.dim; c += 8)
-      for (int k = 0; k < 8; k++) {
-        const double value = type.load(x[(c + k) * stride]);
-        parts[k] += value * value;
-      }
-    for (; c < job.dim; c++) {
-      const double value = type.load(x[c * stride]);
-      parts[0] += value * value;
-    }
-  });
-  return __builtin_sqrt(sum8(parts));
+// Length of a row; float64 holds the square of any float32. `buffer` has room for a chunk.
+inline double row_norm(const NtXentJob& job, int64_t row, float* buffer) {
+  double square = 0;
+  for (int64_t column = 0; column < job.dim; column += kChunk) {
+    const int64_t count = min(kChunk, job.dim - column);
+    read_row(job, row, column, count, 1, buffer);
+    square += dot(buffer, buffer, count);
+  }
+  return __builtin_sqrt(square);
 }
 
 // Sets scale and residual of a row; returns the factor to pack it with. fp32 tiles hold the row of Z itself; bf16 tiles
 // hold the input times a power of two, which is exact for bf16 inputs, and leave the rest to `residual`.
 template <bool kBf16>
-SSLK_INLINE double prepare_row(const NtXentJob& job, int64_t row) {
+SSLK_INLINE double prepare_row(const NtXentJob& job, int64_t row, float* buffer) {
   double scale = 1, packed = 1;
   if (job.normalize) {
-    const double norm = row_norm(job, row), length = norm < kNormalizeEps ? kNormalizeEps : norm;
+    const double norm = row_norm(job, row, buffer), length = norm < kNormalizeEps ? kNormalizeEps : norm;
     scale = packed = 1 / length;
     if (kBf16 && __builtin_isfinite(length)) packed = __builtin_ldexp(1.0, -__builtin_ilogb(length));
   }
@@ -197,18 +188,33 @@ SSLK_INLINE void prepare_gradient(const NtXentJob& job, int64_t row) {
 constexpr float kMasked = -2e38f;     // a logit that takes no part
 constexpr float kNoMaximum = -1e38f;  // the maximum of none: exp2(kMasked - kNoMaximum) is 0
 
+// Gives every row of a panel, padding too, its scalars and empty sums; returns the factors to pack the rows with.
+template <bool kBf16>
+SSLK_INLINE void prepare_panel(const NtXentJob& job, int64_t panel, bool backward, double (&packed)[kPanel],
+                               float* buffer) {
+  for (int64_t r = 0; r < kPanel; r++) {
+    const int64_t row = panel * kPanel + r;
+    packed[r] = job.residual[row] = 0;
+    if (backward)
+      job.weight[row] = job.logsumexp2[row] = 0;
+    else
+      job.negatives[row] = 0, job.maxima[row] = kNoMaximum;
+    if (row >= job.rows) continue;
+    packed[r] = prepare_row<kBf16>(job, row, buffer);
+    if (backward) prepare_gradient(job, row);
+  }
+  for (int64_t column = 0; backward && column < job.dim; column += kPanel) {
+    float* sums = job.grad_z + column * job.padded_rows + panel * kPanel * kPanel;
+    for (int64_t at = 0; at < kPanel * kPanel; at += kLanes) store(sums + at, Vec{});
+  }
+}
+
 template <bool kBf16>
 void pack(const NtXentJob& job, int64_t panel, bool backward, void* scratch) {
   auto& s = *static_cast<PackScratch<kBf16>*>(scratch);
-  double packed[kPanel] = {};
-  for (int64_t r = 0; r < kPanel && panel * kPanel + r < job.rows; r++) {
-    const int64_t row = panel * kPanel + r;
-    packed[r] = prepare_row<kBf16>(job, row);
-    if (backward)
-      prepare_gradient(job, row);
-    else
-      job.maxima[row] = kNoMaximum;
-  }
+  double packed[kPanel];
+  prepare_panel<kBf16>(job, panel, backward, packed, s.rows);
+  double cosine[kPanel / 2] = {};
   for (int64_t column = 0; column < job.dim; column += kChunk) {
     const int64_t count = min(kChunk, job.dim - column), padded = (count + kPanel - 1) / kPanel * kPanel;
     for (int64_t r = 0; r < kPanel; r++) {
@@ -218,31 +224,28 @@ void pack(const NtXentJob& job, int64_t panel, bool backward, void* scratch) {
       for (int64_t c = read; c < padded; c++) out[c] = 0;
     }
     pack_chunk<kBf16>(job, panel, column, backward, s);
+    for (int64_t r = 0; !backward && r < kPanel; r += 2)
+      cosine[r / 2] += dot(s.rows + r * kChunk, s.rows + (r + 1) * kChunk, count);
+  }
+  for (int64_t r = 0; !backward && r < kPanel; r++) {
+    const int64_t pair = panel * kPanel + r / 2 * 2;
+    job.cosine[panel * kPanel + r] = cosine[r / 2] * job.residual[pair] * job.residual[pair + 1];
   }
 }
 
-// Closes the forward for the pairs of a panel: adds the positive, apart and in float64, to the sum of its negatives.
-inline void forward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
-  auto* z = static_cast<float*>(scratch);
-  for (int64_t row = panel * kPanel; row < min((panel + 1) * kPanel, job.rows); row += 2) {
-    double cosine = 0;
-    for (int64_t column = 0; column < job.dim; column += kChunk) {
-      const int64_t count = min(kChunk, job.dim - column);
-      for (int64_t v = 0; v < 2; v++) read_row(job, row + v, column, count, job.scale[row + v], z + v * kChunk);
-      cosine += dot(z, z + kChunk, count);
-    }
-    const double positive = cosine / job.temperature;
-    for (int64_t v = 0; v < 2; v++) {
-      const int64_t at = job.output_row(row + v);
-      const double offset = job.bounded ? 1 / __builtin_fabs(job.temperature) : job.maxima[row + v] / kLog2E;
-      const double top = offset > positive ? offset : positive;
-      const double others = job.negatives[row + v] * __builtin_exp(offset - top), own = __builtin_exp(positive - top);
-      const double loss = others < own ? __builtin_log1p(others / own) : __builtin_log(others + own) + top - positive;
-      job.loss[at] = static_cast<float>(loss);
-      job.logsumexp[at] = static_cast<float>(loss + positive);
-      job.positive[at] = static_cast<float>(positive);
-      if (job.top1) job.hit[at] = job.packed_positive[row + v] > job.maxima[row + v];
-    }
+// Closes the forward for the rows of a panel: adds the positive, apart and in float64, to the sum of its negatives.
+inline void forward_rows(const NtXentJob& job, int64_t panel, void* /*scratch*/) {
+  for (int64_t row = panel * kPanel; row < min((panel + 1) * kPanel, job.rows); row++) {
+    const int64_t at = job.output_row(row);
+    const double positive = job.cosine[row] / job.temperature;
+    const double offset = job.bounded ? 1 / __builtin_fabs(job.temperature) : job.maxima[row] / kLog2E;
+    const double top = offset > positive ? offset : positive;
+    const double others = job.negatives[row] * __builtin_exp(offset - top), own = __builtin_exp(positive - top);
+    const double loss = others < own ? __builtin_log1p(others / own) : __builtin_log(others + own) + top - positive;
+    job.loss[at] = static_cast<float>(loss);
+    job.logsumexp[at] = static_cast<float>(loss + positive);
+    job.positive[at] = static_cast<float>(positive);
+    if (job.top1) job.hit[at] = job.packed_positive[row] > job.maxima[row];
   }
 }
 

@@ -14,8 +14,7 @@ double multiply_add_loop(int64_t iterations) {
     Block<kVecs> c;
     clear<kVecs>(c);
     multiply<kBf16, kVecs, 1, kPanel>(kSteps, a, b, c);
-    for (auto& row : c)
-      for (auto& x : row) asm volatile("" : : "m"(x));
+    SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) use(c[r][v]);
   }
   return 2.0 * iterations * kSteps * kRows * kPanel * (kBf16 ? 2 : 1);
 }

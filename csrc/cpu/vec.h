@@ -45,6 +45,19 @@ SSLK_INLINE void store_unaligned(void* p, Vec v) { *static_cast<VecUnaligned*>(p
 SSLK_INLINE Vec broadcast(float x) { return x - Vec{}; }
 SSLK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// Makes the compiler believe that v is needed, without leaving its register.
+SSLK_INLINE void use(Vec v) {
+#if defined(__AVX512F__)
+  asm volatile("" : : "v"(v));
+#elif defined(__x86_64__)
+  asm volatile("" : : "x"(v));
+#elif defined(__aarch64__)
+  asm volatile("" : : "w"(v));
+#else
+  asm volatile("" : : "m"(v));
+#endif
+}
+
 SSLK_INLINE float sum(Vec v) {
   float total = 0;
   for (int i = 0; i < kLanes; i++) total += v[i];
