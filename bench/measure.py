@@ -238,7 +238,8 @@ def peak_memory(module: str, label: str, case: str, device: str) -> float | None
 def print_peak_memory(module: str, label: str, case_name: str, device: str) -> None:
     bench = importlib.import_module(module)
     cases = {case.name: case for case in bench.SPEC.cases}
-    racer = next(r for r in contenders(bench.SPEC, bench.peers()) if r.label == label)
+    racers = contenders(bench.SPEC, bench.peers(), compiled=label.startswith("compile"))
+    racer = next(racer for racer in racers if racer.label == label)
     run = call(bench.SPEC, racer, cases[case_name], "forward+backward", device)
     # the libraries' own start-up is not the op's memory; a compiled function must see the shape itself beforehand
     small = max(bench.SPEC.tagged("edge"), key=lambda case: case.cost.flops)

@@ -1,0 +1,160 @@
+"""The command line: what it prints, what it returns, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import pytest
+import torch
+
+import sslkernels
+import sslkernels.trainers
+from sslkernels import _library, cli, info
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must end with status 2 and one line on stderr, which is returned."""
+
+    def fails(*argv):
+        try:
+            status = cli.main(list(argv))
+        except SystemExit as stop:
+            status = stop.code
+        captured = capsys.readouterr()
+        assert status == 2
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1, captured.err
+        return captured.err
+
+    return fails
+
+
+def test_info_says_what_serves_every_op(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for fact in (sslkernels.__version__, torch.__version__, "nt_xent", sslkernels.backends()["nt_xent"]["cpu"].active):
+        assert fact in text
+
+
+def test_info_as_json(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["backends"]["nt_xent"]["cpu"]["active"] == sslkernels.backends()["nt_xent"]["cpu"].active
+
+
+def test_info_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_library, "extension", None)
+    monkeypatch.setattr(_library, "extension_error", "no compiler was found")
+    facts = info.collect()
+    assert facts["extension"] == "no compiler was found"
+    assert facts["isa"] == "none: the compiled extension is not loaded"
+
+
+def test_info_names_what_chose_the_instruction_set(monkeypatch):
+    class Extension:
+        build_info = staticmethod(lambda: {"compiler": "12.2"})
+        isa = staticmethod(lambda: "avx2")
+        supported_isas = staticmethod(lambda: ["baseline", "avx2", "avx512"])
+
+    monkeypatch.setattr(_library, "extension", Extension)
+    monkeypatch.setenv("SSLKERNELS_ISA", "avx2")
+    assert info.collect()["isa"] == "avx2: SSLKERNELS_ISA=avx2 (of baseline, avx2, avx512)"
+    monkeypatch.delenv("SSLKERNELS_ISA")
+    facts = info.collect()
+    assert facts["isa"].startswith("avx2: the best one")
+    assert facts["extension"] == "loaded (compiler 12.2)"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"sslkernels {sslkernels.__version__}\n"
+
+
+def test_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sslkernels", "info", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("sslkernels", run_name="__main__")
+    assert stop.value.code == 0
+    assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    (
+        ((), "COMMAND"),
+        (("fly",), "'fly'"),
+        (("info", "--yaml"), "--yaml"),
+        (("verify", "--op", "nt_zent"), "'nt_zent'"),
+        (("verify", "--dtype", "int8"), "'int8'"),
+        (("verify", "--device", "tpu"), "'tpu'"),
+        (("bench", "--device", "tpu"), "'tpu'"),
+        (("train",), "METHOD"),
+        (("train", "nothing"), "no method 'nothing'"),
+    ),
+)
+def test_a_mistake_ends_in_one_line(fails, argv, expected):
+    line = fails(*argv)
+    assert line.startswith("sslkernels")
+    assert expected in line
+
+
+def test_bench_needs_a_source_checkout(fails, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "BENCH", tmp_path)
+    assert "run it from a source checkout" in fails("bench")
+
+
+def test_bench_names_the_extra_that_is_missing(fails, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert "pip install 'sslkernels[bench]'" in fails("bench")
+
+
+def test_bench_on_a_missing_device(fails, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA device" in fails("bench", "--device", "cuda")
+
+
+@pytest.fixture
+def method(monkeypatch, tmp_path):
+    """Installs a trainer of the given source under a name of its own, which is returned."""
+
+    def method(source):
+        (tmp_path / "toy.py").write_text(source)
+        monkeypatch.setattr(sslkernels.trainers, "__path__", [*sslkernels.trainers.__path__, str(tmp_path)])
+        monkeypatch.delitem(sys.modules, "sslkernels.trainers.toy", raising=False)
+        return "toy"
+
+    return method
+
+
+ARGUMENTS = "def add_arguments(parser): parser.add_argument('--epochs', type=int, default=1)\n"
+
+
+def test_train_hands_over_to_the_method(method, capsys):
+    name = method(ARGUMENTS + "def main(args): print('epochs', args.epochs); return 3\n")
+    assert cli.main(["train", name, "--epochs", "5"]) == 3
+    assert capsys.readouterr().out == "epochs 5\n"
+
+
+def test_train_reports_a_bad_argument_of_the_method(method, fails):
+    name = method(ARGUMENTS + "def main(args): raise AssertionError\n")
+    assert "--epochs: invalid int value: 'many'" in fails("train", name, "--epochs", "many")
+
+
+@pytest.mark.parametrize("where", ("import no_such_package\n", "def main(args): import no_such_package\n"))
+def test_train_names_the_extra_that_is_missing(method, fails, where):
+    line = fails("train", method(ARGUMENTS + where))
+    assert "no_such_package" in line
+    assert "pip install 'sslkernels[train]'" in line
+
+
+def test_train_does_not_hide_a_mistake_of_ours(method):
+    name = method(ARGUMENTS + "import sslkernels.no_such_module\n")
+    with pytest.raises(ModuleNotFoundError, match=r"sslkernels\.no_such_module"):
+        cli.main(["train", name])
