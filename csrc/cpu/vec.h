@@ -36,6 +36,7 @@ constexpr bool kHasBf16 = false;
 typedef float Vec __attribute__((vector_size(4 * kLanes), may_alias));
 typedef float VecUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t VecInt __attribute__((vector_size(4 * kLanes), may_alias));
+typedef uint32_t VecWord __attribute__((vector_size(4 * kLanes), may_alias));
 typedef float Float __attribute__((may_alias));
 
 SSLK_INLINE Vec load(const void* p) { return *static_cast<const Vec*>(p); }
@@ -98,7 +99,7 @@ SSLK_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(kAllLanes, p, whole);
 #else
-  const Vec scaled = (Vec)((VecInt)p + ((VecInt)shifted << 23));
+  const Vec scaled = (Vec)((VecWord)p + ((VecWord)shifted << 23));
   return x < broadcast(-126.f) ? Vec{} : scaled;
 #endif
 }
