@@ -39,7 +39,8 @@ class Case:
     """One named input of an op.
 
     ``make(device, dtype)`` returns the keyword arguments of the public function; every call returns the same values.
-    ``tags``: "verify" (a numerics check), "edge" (a corner of the contract), "bench" (worth timing).
+    ``tags``: "verify" (a numerics check), "edge" (a corner of the contract), "bench" (worth timing), "aot" (what the
+    Triton kernels are compiled for ahead of time).
     """
 
     name: str

@@ -56,8 +56,8 @@ def _strided(z0, z1):
 
 
 NT_XENT_CASES = (
-    _case("views512_d128", 256, 128, 0.1, ("verify", "bench")),
-    _case("views512_d512", 256, 512, 0.1, ("bench",)),
+    _case("views512_d128", 256, 128, 0.1, ("verify", "bench", "aot")),
+    _case("views512_d512", 256, 512, 0.1, ("bench", "aot")),
     _case("views2048_d128", 1024, 128, 0.1, ("bench",)),
     _case("views2048_d512", 1024, 512, 0.1, ("bench",)),
     _case("views8192_d128", 4096, 128, 0.1, ("bench",)),
