@@ -36,8 +36,8 @@ def compare_ops(shapes: list[tuple[int, int]], temperature: float, device: str) 
                     "unknown" if extra is None else f"{extra:.1f} MiB",
                 )
             )
-    title = f"NT-Xent fp32, forward and backward, {torch.get_num_threads()} threads, medians; fused runs on {active(device)}"
-    print_table(title, ("views x dim", "", "time", "faster", "peak extra memory"), rows)
+    print(f"\nNT-Xent fp32, forward and backward, {torch.get_num_threads()} threads; fused runs on {active(device)}")
+    print_table("medians", ("views x dim", "", "time", "faster", "peak extra memory"), rows)
 
 
 def active(device: str) -> str:
@@ -66,12 +66,9 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 def _peak_memory(shapes, temperature, device) -> dict[tuple[int, int, str], float]:
     """MiB above what was held before the call, gradients included; empty where the system does not tell."""
+    keys = [(*shape, name) for shape in shapes for name in BACKENDS]
     if device == "cuda":
-        return {
-            (*shape, name): _cuda_memory(_call(*shape, temperature, device, name))
-            for shape in shapes
-            for name in BACKENDS
-        }
+        return {key: _cuda_memory(_call(*key[:2], temperature, device, key[2])) for key in keys}
     if not sys.platform.startswith("linux"):
         return {}
     # in a process whose allocator returns freed memory at once: memory kept from an earlier call would hide the next
@@ -85,7 +82,6 @@ def _peak_memory(shapes, temperature, device) -> dict[tuple[int, int, str], floa
         text=True,
         check=True,
     )
-    keys = [(*shape, name) for shape in shapes for name in BACKENDS]
     values = child.stdout.split()
     return dict(zip(keys, map(float, values), strict=True)) if values else {}
 

@@ -67,7 +67,7 @@ def load_data(source: str, image_size: int | None) -> ImageData:
     """The images that ``--data`` names. ``image_size`` None stands for the size that suits them."""
     kind, _, path = source.partition(":")
     if kind == "digits" and not path:
-        return _digits(image_size or 16)
+        return _digits(image_size or 8)
     if kind == "fashion-mnist":
         return _fashion_mnist(Path(path or FASHION_MNIST).expanduser(), image_size or 28)
     if kind == "folder" and path:

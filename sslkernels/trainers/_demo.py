@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 
 from sslkernels.trainers import _compare, _evaluate, _log
@@ -43,6 +44,6 @@ def sparkline(values: list[float], width: int = 40) -> str:
     """A curve in one line of text, each character the mean of a stretch of it."""
     width = min(width, len(values))
     edges = [len(values) * i // width for i in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
     low, span = min(means), (max(means) - min(means)) or 1
     return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)

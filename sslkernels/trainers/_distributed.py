@@ -24,13 +24,18 @@ class World:
 
 
 def join_world(device: torch.device) -> World:
-    """Meet the other processes that torchrun started; alone without it."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    """Meet the other processes of torchrun, or of whatever sets its variables; alone without them."""
+    if "WORLD_SIZE" not in os.environ:
         return World(0, 1)
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def leave_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def spread(model: nn.Module, world: World, device: torch.device, parts: int) -> nn.Module:

@@ -57,4 +57,5 @@ def probes(data: ImageData, untrained: nn.Module, trained: nn.Module, transform:
 def print_probes(accuracies: dict[str, float]) -> None:
     rows = [(name, f"{accuracy:.1%}") for name, accuracy in accuracies.items()]
     if rows:
-        print_table(f"kNN accuracy on held-out images (k = {NEIGHBORS}, cosine)", ("features", "accuracy"), rows)
+        print(f"\n{NEIGHBORS} nearest neighbours by cosine, images held out")
+        print_table("kNN accuracy", ("features", "accuracy"), rows)

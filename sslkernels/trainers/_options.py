@@ -12,6 +12,7 @@ import torch
 
 from sslkernels.trainers import TrainError
 from sslkernels.trainers._data import SOURCES
+from sslkernels.trainers._distributed import leave_world
 from sslkernels.trainers._optim import LEARNING_RATES
 
 # these leave the curve as it is; a run may resume with others. Threads come from the checkpoint.
@@ -75,13 +76,14 @@ def check_batch(args: argparse.Namespace, images: int, processes: int) -> None:
         raise TrainError(f"--batch-size {args.batch_size} is more than the {images} training images")
     if args.batch_size % (processes * args.accumulate):
         raise TrainError(
-            f"--batch-size {args.batch_size} does not divide into {processes} processes x --accumulate {args.accumulate}"
+            f"--batch-size {args.batch_size} does not divide into {processes} processes "
+            f"x --accumulate {args.accumulate}"
         )
 
 
 def curve_options(args: argparse.Namespace, processes: int) -> dict:
     """The options that shape the curve, as a checkpoint remembers them."""
-    options = {name: value for name, value in vars(args).items() if name not in FREE and not callable(value)}
+    options = {name: value for name, value in vars(args).items() if name not in FREE}
     return {**options, "nproc_per_node": processes}
 
 
@@ -97,6 +99,8 @@ def run_guarded(method: str, run: Callable[[], int | None]) -> int:
         message, status = str(error), 2
     except KeyboardInterrupt:
         message, status = "interrupted; --resume goes on from the last checkpoint", 130
+    finally:
+        leave_world()
     if os.environ.get("RANK", "0") == "0":
         print(f"sslkernels train {method}: {message}", file=sys.stderr)
     return status
