@@ -68,8 +68,8 @@ def verify(
         for spec in specs:
             report = backends()[spec.name][device]
             absent += [f"{spec.name} on {device}: {missing}: {why}" for missing, why in report.absent.items()]
-            # the active one is called as users call it: without a name
-            available = {"torch op" if report.active == "reference" else report.active: None, "reference": "reference"}
+            # the active one is called as users call it, without a name; without kernels that is the operators' fallback
+            available = {"fallback" if report.active == "reference" else report.active: None, "reference": "reference"}
             chosen = {label: key for label, key in available.items() if backend in (None, label)}
             if not chosen:
                 absent.append(f"{spec.name} on {device}: {backend}: not among {', '.join(available)}")
@@ -166,27 +166,26 @@ def _compiled_agrees(spec: OpSpec, arguments: dict) -> None:
 
 def summary(checks: list[Check]) -> list[list[str]]:
     """A row for each check of each target: its worst case."""
-    groups: dict[tuple, list[Check]] = {}
+    groups: dict[Target, dict[str, list[Check]]] = {}
     for check in checks:
-        groups.setdefault((check.target, check.name), []).append(check)
-    rows = []
-    for (target, name), members in groups.items():
-        worst = min(members, key=lambda check: (check.passed, -_share_of_limit(check)))
-        numbers = worst.comparison
-        rows.append(
-            [
-                target.op,
-                f"{target.device} {target.label}",
-                dtype_name(target.dtype),
-                name,
-                str(len(members)),
-                f"{numbers.error:.1e}" if numbers else "",
-                f"{numbers.eager_error:.1e}" if numbers else "",
-                worst.case if numbers or not worst.passed else "",
-                "ok" if all(member.passed for member in members) else "FAIL",
-            ]
-        )
-    return rows
+        groups.setdefault(check.target, {}).setdefault(check.name, []).append(check)
+    return [_row(target, name, members) for target, names in groups.items() for name, members in names.items()]
+
+
+def _row(target: Target, name: str, checks: list[Check]) -> list[str]:
+    worst = min(checks, key=lambda check: (check.passed, -_share_of_limit(check)))
+    numbers = worst.comparison
+    return [
+        target.op,
+        f"{target.device} {target.label}",
+        dtype_name(target.dtype),
+        name,
+        str(len(checks)),
+        f"{numbers.error:.1e}" if numbers else "",
+        f"{numbers.eager_error:.1e}" if numbers else "",
+        worst.case if numbers or not worst.passed else "",
+        "ok" if worst.passed else "FAIL",
+    ]
 
 
 def _share_of_limit(check: Check) -> float:
@@ -204,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", action="append", choices=names, help="only this op (repeatable)")
     parser.add_argument("--dtype", action="append", choices=dtypes, help="only this dtype (repeatable)")
     parser.add_argument("--device", action="append", choices=("cpu", "cuda"), help="only this device (repeatable)")
-    parser.add_argument("--backend", choices=("cpp", "triton", "cuda", "torch op", "reference"), help="only this one")
+    parser.add_argument("--backend", choices=("cpp", "triton", "cuda", "fallback", "reference"), help="only this one")
     parser.add_argument("--json", metavar="FILE", help="also write every check to FILE")
 
 
