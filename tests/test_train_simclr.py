@@ -29,7 +29,7 @@ from sslkernels.trainers._optim import warmup_cosine
 from sslkernels.trainers._views import evaluation
 
 ALONE = World(0, 1)
-LEARNING = ["--steps=40", "--batch-size=64", "--warmup=4", "--threads=1"]
+LEARNING = ["--steps=40", "--batch-size=64", "--warmup=4", "--threads=1", "--workers=0"]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from sslkernels.trainers import _log, simclr
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["sslkernels.trainers.simclr", "sklearn.datasets", "sklearn.neighbors", "pytest"])
 PATIENCE = 120  # seconds before a child counts as hung
-TINY = ["--steps=8", "--batch-size=16", "--checkpoint-every=3", "--warmup=2", "--threads=1", "--dim=16"]
+TINY = ["--steps=8", "--batch-size=16", "--checkpoint-every=3", "--warmup=2", "--threads=1", "--workers=0"]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -59,4 +58,19 @@ def gather(z: torch.Tensor, world: World) -> torch.Tensor:
     send back, world.size times the gradient of that loss. DistributedDataParallel divides the sum over processes by
     world.size: parameters get exactly the gradient that one process with the whole batch would give them.
     """
-    return z if world.size == 1 else torch.cat(dist_nn.all_gather(z.contiguous()), dim=1)
+    return z if world.size == 1 else _Gather.apply(z, world)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, world):
+        ctx.world = world
+        every = [torch.empty_like(z, memory_format=torch.contiguous_format) for _ in range(world.size)]
+        dist.all_gather(every, z.contiguous())
+        return torch.cat(every, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(ctx.world.size, dim=1)[ctx.world.rank], None

@@ -36,7 +36,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     run.add_argument(
         "--threads", type=whole(1), help="of the CPU (default: as torch finds; a resumed run keeps its own)"
     )
-    run.add_argument("--workers", type=whole(0), default=0, help="processes that load images (default: %(default)s)")
+    run.add_argument("--workers", type=whole(0), default=1, help="processes that load images (default: %(default)s)")
 
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
