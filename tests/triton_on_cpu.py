@@ -286,6 +286,12 @@ class _Builder(interpreter.InterpreterBuilder):
         return _narrow(super().create_rsqrt(_widen(arg))) if _is_bf16(arg) else super().create_rsqrt(arg)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if a.dtype.scalar == tl.float32:
+            # fused multiply-adds, one k after another, as a GPU does: the tiling leaves no trace in the result
+            out = d.data
+            for column, row in zip(a.data.T.astype(np.float64), b.data.astype(np.float64), strict=True):
+                out = (column[:, None] * row + out).astype(np.float32)
+            return TensorHandle(out, d.dtype.scalar)
         return super().create_dot(_widen(a), _widen(b), d, input_precision, max_num_imprecise_acc)
 
     def cast_impl(self, src, dst_type):

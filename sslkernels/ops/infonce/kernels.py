@@ -12,6 +12,7 @@ from sslkernels.ops.infonce import reference
 from sslkernels.ops.infonce.nt_xent_triton import (
     _nt_xent_bwd_finish_kernel,
     _nt_xent_bwd_kernel,
+    _nt_xent_bwd_weights_kernel,
     _nt_xent_fwd_finish_kernel,
     _nt_xent_fwd_rows_kernel,
     _nt_xent_fwd_triangle_kernel,
@@ -164,7 +165,8 @@ def nt_xent_fwd(z0, z1, temperature, normalize, bounded, top1, bf16_matmul):
     if z0.shape[0] == 0 or z0.dtype == torch.float64:
         return reference.nt_xent_fwd(z0, z1, temperature, normalize, bounded, top1, bf16_matmul)
     triangle = bounded and not top1 and not torch.are_deterministic_algorithms_enabled()
-    loss, logsumexp, positive = (temperature.new_empty(2 * z0.shape[0]) for _ in range(3))
+    loss = temperature.new_empty(2 * z0.shape[0])
+    positive, logsumexp = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.float64)
     outputs = {"loss_ptr": loss, "logsumexp_ptr": logsumexp, "positive_ptr": positive}
     top1_hit = z0.new_empty(0 if triangle else len(loss), dtype=torch.bool)
     with torch.cuda.device_of(z0):
@@ -220,31 +222,37 @@ def nt_xent_bwd(grad_loss, z0, z1, temperature, loss, logsumexp, normalize, boun
         config = _config(2 if bf16_matmul else z0.element_size())
         tiles = config.backward if z0.shape[1] <= config.backward.grad_width else config.backward_wide
         packed = _pack(z0, z1, normalize, bf16_matmul, tiles)
-        grad_z = torch.empty_like(packed.z, dtype=torch.float32)
-        common = {
-            "grad_z_ptr": grad_z,
-            "temperature_ptr": temperature,
-            "grad_loss_ptr": grad_loss,
-            "stride_grad_loss": grad_loss.stride(0),  # 0 where a mean was expanded
-            "peak_ptr": torch.linalg.vector_norm(grad_loss, torch.inf),
-        }
+        peak = torch.linalg.vector_norm(grad_loss, torch.inf)
+        weight, shift = torch.empty_like(packed.multiplier), torch.empty_like(packed.multiplier)
+        pull, grad_z = torch.empty_like(packed.similarity), torch.empty_like(packed.z, dtype=torch.float32)
+
+        def weights_grid(meta):
+            return (meta["padded"] // meta["ROWS"],)
+
+        _nt_xent_bwd_weights_kernel[weights_grid](
+            temperature_ptr=temperature, grad_loss_ptr=grad_loss, peak_ptr=peak, loss_ptr=loss.contiguous(),
+            logsumexp_ptr=logsumexp.contiguous(), weight_ptr=weight, shift_ptr=shift, pull_ptr=pull,
+            N=packed.sizes["N"], padded=packed.sizes["padded"], stride_grad_loss=grad_loss.stride(0),
+            BOUNDED=bounded, ROWS=tiles.block,
+        )  # fmt: skip
 
         def grid(meta):
             return (2 * meta["padded"] // meta["ROWS"] * (meta["WIDTH"] // meta["GRAD_WIDTH"]),)
 
         _nt_xent_bwd_kernel[grid](
-            packed_ptr=packed.z, multiplier_ptr=packed.multiplier, logsumexp_ptr=logsumexp.contiguous(),
-            **common, **packed.sizes, BOUNDED=bounded, GRAD_WIDTH=min(tiles.grad_width, packed.z.shape[2]),
-            ROWS=tiles.rows, COLUMNS=tiles.columns, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+            packed_ptr=packed.z, multiplier_ptr=packed.multiplier, temperature_ptr=temperature, weight_ptr=weight,
+            shift_ptr=shift, grad_z_ptr=grad_z, **packed.sizes, BOUNDED=bounded,
+            GRAD_WIDTH=min(tiles.grad_width, packed.z.shape[2]), ROWS=tiles.rows, COLUMNS=tiles.columns,
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         )  # fmt: skip
 
         def finish_grid(meta):
             return (2 * meta["padded"] // meta["ROWS"],)
 
         _nt_xent_bwd_finish_kernel[finish_grid](
-            z0_ptr=z0, z1_ptr=z1, inverse_norm_ptr=packed.inverse_norm, loss_ptr=loss.contiguous(),
-            grad_z0_ptr=grad_z0, grad_z1_ptr=grad_z1, along_ptr=along,
-            **common, **_strides(z0, z1), **packed.sizes | {"DEPTH": ROW_DEPTH}, NORMALIZE=normalize, ROWS=PAIRS,
+            z0_ptr=z0, z1_ptr=z1, grad_z_ptr=grad_z, inverse_norm_ptr=packed.inverse_norm,
+            temperature_ptr=temperature, peak_ptr=peak, pull_ptr=pull, grad_z0_ptr=grad_z0, grad_z1_ptr=grad_z1,
+            along_ptr=along, **_strides(z0, z1), **packed.sizes | {"DEPTH": ROW_DEPTH}, NORMALIZE=normalize, ROWS=PAIRS,
         )  # fmt: skip
     # the logits are quadratic in z: temperature dL/dtemperature = -sum_i z_i . dz_i / 2
     return grad_z0, grad_z1, along.sum() / (-2 * temperature)

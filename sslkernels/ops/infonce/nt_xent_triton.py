@@ -39,10 +39,26 @@ def _one_minus_exp(x):
 
 
 @triton.jit
-def _row_losses(log2_negatives, positive):
-    """Loss from the logarithm of the negatives' sum and the positive logit, both in base 2."""
-    excess = (log2_negatives - positive) * LN_2
-    return tl.maximum(excess, 0) + _log1p(tl.exp(-tl.abs(excess)))
+def _scale(temperature_ptr):
+    """|log2(e) / temperature| and its sign: a logit in base 2 is sign * similarity * scale."""
+    scale = LOG2_E / tl.load(temperature_ptr)
+    return tl.abs(scale), tl.where(scale < 0, -1.0, 1.0)
+
+
+@triton.jit
+def _store_rows(
+    similarity, sums, shift, scale, sign, temperature_ptr, index, mask, loss_ptr, logsumexp_ptr, positive_ptr
+):
+    """The outputs of rows whose negatives' exp2(logit - shift) have these sums.
+
+    In fp64, since a loss is the difference of logits that may be much larger.
+    """
+    positive = similarity.to(tl.float64) * (sign * scale)
+    excess = (shift - positive + tl.log2(sums)) * LN_2
+    loss = tl.maximum(excess, 0.0) + _log1p(tl.exp(-tl.abs(excess.to(tl.float32))))
+    tl.store(loss_ptr + index, loss.to(tl.float32), mask=mask)
+    tl.store(logsumexp_ptr + index, positive * LN_2 + loss, mask=mask)
+    tl.store(positive_ptr + index, similarity / tl.load(temperature_ptr), mask=mask)
 
 
 @triton.jit
@@ -153,14 +169,14 @@ def _nt_xent_fwd_triangle_kernel(
     row_start = i.to(tl.int64) * BLOCK
     column_start = j.to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
-    scale = LOG2_E / tl.load(temperature_ptr)
-    row_factor = tl.load(multiplier_ptr + row_start + offsets) * scale
-    column_factor = tl.load(multiplier_ptr + column_start + offsets)
-    logits = _products(packed_ptr, row_start, column_start, D, WIDTH, BLOCK, BLOCK, DEPTH)
-    logits *= row_factor[:, None] * column_factor[None, :]
+    scale, sign = _scale(temperature_ptr)
+    row_factor = tl.load(multiplier_ptr + row_start + offsets)
+    column_factor = tl.load(multiplier_ptr + column_start + offsets) * sign
+    similarity = _products(packed_ptr, row_start, column_start, D, WIDTH, BLOCK, BLOCK, DEPTH)
+    similarity *= row_factor[:, None] * column_factor[None, :]
     rows = _within_view(row_start, padded) + offsets
     keep = _negatives(rows, _within_view(column_start, padded) + offsets, N) & (rows < N)[:, None]
-    terms = tl.where(keep, tl.exp2(logits - tl.abs(scale)), 0.0)
+    terms = tl.where(keep, tl.exp2(tl.fma(similarity, scale, -scale)), 0.0)
     tl.atomic_add(sums_ptr + row_start + offsets, tl.sum(terms, 1), sem="relaxed")
     if i != j:
         tl.atomic_add(sums_ptr + column_start + offsets, tl.sum(terms, 0), sem="relaxed")
@@ -174,15 +190,12 @@ def _nt_xent_fwd_finish_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < 2 * N
     second = rows >= N
-    temperature = tl.load(temperature_ptr)
     sums = tl.load(sums_ptr + rows + tl.where(second, padded - N, 0), mask=mask, other=1.0)
     similarity = tl.load(similarity_ptr + rows - tl.where(second, N, 0), mask=mask, other=0.0)
-    bound = tl.abs(LOG2_E / temperature)
-    loss = _row_losses(tl.log2(sums) + bound, similarity * (LOG2_E / temperature))
-    positive = similarity / temperature
-    tl.store(loss_ptr + rows, loss, mask=mask)
-    tl.store(logsumexp_ptr + rows, positive + loss, mask=mask)
-    tl.store(positive_ptr + rows, positive, mask=mask)
+    scale, sign = _scale(temperature_ptr)
+    _store_rows(
+        similarity, sums, scale, scale, sign, temperature_ptr, rows, mask, loss_ptr, logsumexp_ptr, positive_ptr
+    )
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -196,66 +209,74 @@ def _nt_xent_fwd_rows_kernel(
     local_start = _within_view(row_start, padded)
     rows = local_start + tl.arange(0, ROWS)
     offsets = tl.arange(0, COLUMNS)
-    temperature = tl.load(temperature_ptr)
-    scale = LOG2_E / temperature
-    row_factor = tl.load(multiplier_ptr + row_start + tl.arange(0, ROWS)) * scale
+    scale, sign = _scale(temperature_ptr)
+    row_factor = tl.load(multiplier_ptr + row_start + tl.arange(0, ROWS))
     peak = tl.full((ROWS,), -float("inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    sums = tl.zeros((ROWS,), tl.float32)
     for start in range(0, 2 * padded, COLUMNS):
         column_start = tl.cast(start, tl.int64)
-        column_factor = tl.load(multiplier_ptr + column_start + offsets)
-        logits = _products(packed_ptr, row_start, column_start, D, WIDTH, ROWS, COLUMNS, DEPTH)
-        logits *= row_factor[:, None] * column_factor[None, :]
         columns = _within_view(column_start, padded) + offsets
-        logits += tl.where(columns < N, 0.0, -float("inf"))[None, :]
-        logits = tl.where(rows[:, None] != columns[None, :], logits, -float("inf"))
-        new_peak = tl.maximum(peak, tl.max(logits, 1))
-        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # rows without negatives so far
-        total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
+        column_factor = tl.load(multiplier_ptr + column_start + offsets) * sign
+        similarity = _products(packed_ptr, row_start, column_start, D, WIDTH, ROWS, COLUMNS, DEPTH)
+        similarity *= row_factor[:, None] * column_factor[None, :]
+        similarity += tl.where(columns < N, 0.0, -float("inf"))[None, :]
+        similarity = tl.where(rows[:, None] != columns[None, :], similarity, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(similarity, 1))
+        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak * scale)  # there may be no negative so far
+        sums = sums * tl.exp2(tl.fma(peak, scale, -shift))
+        sums += tl.sum(tl.exp2(tl.fma(similarity, scale, -shift[:, None])), 1)
         peak = new_peak
 
     # top1 compares products of the same tiling, so that equal vectors tie
     tile_positive = tl.zeros((ROWS,), tl.float32)
     partner_start = tl.where(row_start < padded, row_start + padded, row_start - padded)
     for start in range(0, ROWS, COLUMNS):
-        column_factor = tl.load(multiplier_ptr + partner_start + start + offsets)
-        logits = _products(packed_ptr, row_start, partner_start + start, D, WIDTH, ROWS, COLUMNS, DEPTH)
-        logits *= row_factor[:, None] * column_factor[None, :]
+        column_factor = tl.load(multiplier_ptr + partner_start + start + offsets) * sign
+        similarity = _products(packed_ptr, row_start, partner_start + start, D, WIDTH, ROWS, COLUMNS, DEPTH)
+        similarity *= row_factor[:, None] * column_factor[None, :]
         own = rows[:, None] == (local_start + start + offsets)[None, :]
-        tile_positive += tl.sum(tl.where(own, logits, 0.0), 1)
+        tile_positive += tl.sum(tl.where(own, similarity, 0.0), 1)
 
     mask = rows < N
-    outputs = rows + tl.where(row_start < padded, 0, N)
-    similarity = tl.load(similarity_ptr + rows)
-    loss = _row_losses(peak + tl.log2(total), similarity * scale)
-    positive = similarity / temperature
-    tl.store(loss_ptr + outputs, loss, mask=mask)
-    tl.store(logsumexp_ptr + outputs, positive + loss, mask=mask)
-    tl.store(positive_ptr + outputs, positive, mask=mask)
-    tl.store(top1_ptr + outputs, tile_positive > peak, mask=mask)
+    index = rows + tl.where(row_start < padded, 0, N)
+    shift = tl.where(peak == -float("inf"), 0.0, peak * scale)
+    _store_rows(
+        tl.load(similarity_ptr + rows), sums, shift, scale, sign, temperature_ptr, index, mask,
+        loss_ptr, logsumexp_ptr, positive_ptr,
+    )  # fmt: skip
+    tl.store(top1_ptr + index, tile_positive > peak, mask=mask)
 
 
-@triton.jit
-def _row_weights(
-    grad_loss_ptr, logsumexp_ptr, rows, second, stride_grad_loss, inverse_peak, bound, N, BOUNDED: tl.constexpr
-):
-    """Weight w_i and shift b_i such that w_i exp2(logit - b_i) is row i's share of dL/dlogit, up to the peak weight.
+@triton.jit(do_not_specialize=["N"])
+def _nt_xent_bwd_weights_kernel(
+    temperature_ptr, grad_loss_ptr, peak_ptr, loss_ptr, logsumexp_ptr, weight_ptr, shift_ptr, pull_ptr, N, padded,
+    stride_grad_loss, BOUNDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """weight and shift (2, padded): weight_i exp2(logit - shift_i) is row i's share of dL/dlogit, in units of the peak.
 
-    With a fixed bound all shifts are equal, so that one exp2 serves the row and the column.
+    With a fixed bound all shifts are equal to it, so that one exp2 serves the row and the column. pull (padded,) is
+    what draws the two views of a pair together.
     """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < N
-    index = rows + tl.where(second, N, 0)
-    weight = tl.load(grad_loss_ptr + index * stride_grad_loss, mask=mask, other=0.0) * inverse_peak
-    shift = tl.load(logsumexp_ptr + index, mask=mask, other=0.0) * LOG2_E
-    if BOUNDED:
-        weight *= tl.exp2(bound - shift)
-    return weight, shift
+    scale, _ = _scale(temperature_ptr)
+    peak = tl.maximum(tl.load(peak_ptr), MIN_NORMAL)
+    pull = tl.zeros((ROWS,), tl.float32)
+    for view in tl.static_range(2):
+        index = rows + view * N
+        grad_loss = tl.load(grad_loss_ptr + index * stride_grad_loss, mask=mask, other=0.0)
+        pull += grad_loss * _one_minus_exp(tl.load(loss_ptr + index, mask=mask, other=0.0))
+        logsumexp = tl.load(logsumexp_ptr + index, mask=mask, other=0.0) * LOG2_E  # fp64
+        shift = tl.zeros((ROWS,), tl.float32) + scale if BOUNDED else logsumexp.to(tl.float32)
+        weight = grad_loss / peak * tl.exp2((shift - logsumexp).to(tl.float32))
+        tl.store(weight_ptr + view * padded + rows, weight)
+        tl.store(shift_ptr + view * padded + rows, shift)
+    tl.store(pull_ptr + rows, pull / tl.load(temperature_ptr))
 
 
 @triton.jit(do_not_specialize=["N"])
 def _nt_xent_bwd_kernel(
-    packed_ptr, multiplier_ptr, temperature_ptr, grad_loss_ptr, peak_ptr, logsumexp_ptr, grad_z_ptr, N, padded,
-    stride_grad_loss,
+    packed_ptr, multiplier_ptr, temperature_ptr, weight_ptr, shift_ptr, grad_z_ptr, N, padded,
     BOUNDED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, GRAD_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -264,50 +285,37 @@ def _nt_xent_bwd_kernel(
     One program for ROWS x GRAD_WIDTH of it: G = w_i P_ij + w_j P_ji is formed again from each tile of logits.
     """
     row_start = (tl.program_id(0) // (WIDTH // GRAD_WIDTH)).to(tl.int64) * ROWS
-    width_start = tl.program_id(0) % (WIDTH // GRAD_WIDTH) * GRAD_WIDTH
+    width = tl.program_id(0) % (WIDTH // GRAD_WIDTH) * GRAD_WIDTH + tl.arange(0, GRAD_WIDTH)
     rows = _within_view(row_start, padded) + tl.arange(0, ROWS)
     offsets = tl.arange(0, COLUMNS)
-    width = width_start + tl.arange(0, GRAD_WIDTH)
-    scale = LOG2_E / tl.load(temperature_ptr)
-    bound = tl.abs(scale)
-    inverse_peak = 1 / tl.maximum(tl.load(peak_ptr), MIN_NORMAL)
-    row_factor = tl.load(multiplier_ptr + row_start + tl.arange(0, ROWS)) * scale
-    row_weight, row_shift = _row_weights(
-        grad_loss_ptr, logsumexp_ptr, rows, row_start >= padded, stride_grad_loss, inverse_peak, bound, N, BOUNDED
-    )
+    scale, sign = _scale(temperature_ptr)
+    row_factor = tl.load(multiplier_ptr + row_start + tl.arange(0, ROWS))
+    row_weight = tl.load(weight_ptr + row_start + tl.arange(0, ROWS))
+    row_shift = tl.load(shift_ptr + row_start + tl.arange(0, ROWS))
     grad_z = tl.zeros((ROWS, GRAD_WIDTH), tl.float32)
     for start in range(0, 2 * padded, COLUMNS):
         column_start = tl.cast(start, tl.int64)
         columns = _within_view(column_start, padded) + offsets
         column_factor = tl.load(multiplier_ptr + column_start + offsets)
-        column_weight, column_shift = _row_weights(
-            grad_loss_ptr, logsumexp_ptr, columns, column_start >= padded, stride_grad_loss, inverse_peak, bound, N,
-            BOUNDED,
-        )  # fmt: skip
-        logits = _products(packed_ptr, row_start, column_start, D, WIDTH, ROWS, COLUMNS, DEPTH)
-        logits *= row_factor[:, None] * column_factor[None, :]
+        column_weight = tl.load(weight_ptr + column_start + offsets)
+        similarity = _products(packed_ptr, row_start, column_start, D, WIDTH, ROWS, COLUMNS, DEPTH)
+        similarity *= row_factor[:, None] * (column_factor * sign)[None, :]
         if BOUNDED:
-            g = tl.exp2(logits - bound) * (row_weight[:, None] + column_weight[None, :])
+            g = tl.exp2(tl.fma(similarity, scale, -scale)) * (row_weight[:, None] + column_weight[None, :])
         else:
-            g = row_weight[:, None] * tl.exp2(logits - row_shift[:, None])
-            g += column_weight[None, :] * tl.exp2(logits - column_shift[None, :])
+            column_shift = tl.load(shift_ptr + column_start + offsets)
+            g = row_weight[:, None] * tl.exp2(tl.fma(similarity, scale, -row_shift[:, None]))
+            g += column_weight[None, :] * tl.exp2(tl.fma(similarity, scale, -column_shift[None, :]))
         g = tl.where(_negatives(rows, columns, N), g * (column_factor * TILE_SCALE)[None, :], 0.0)
         z = tl.load(packed_ptr + column_start * WIDTH + offsets[:, None] * WIDTH + width[None, :])
         grad_z = tl.dot(g.to(z.dtype), z, grad_z, input_precision="ieee")
     tl.store(grad_z_ptr + row_start * WIDTH + tl.arange(0, ROWS)[:, None] * WIDTH + width[None, :], grad_z)
 
 
-@triton.jit
-def _positive_weights(grad_loss_ptr, loss_ptr, index, mask, stride_grad_loss):
-    weight = tl.load(grad_loss_ptr + index * stride_grad_loss, mask=mask, other=0.0)
-    return weight * _one_minus_exp(tl.load(loss_ptr + index, mask=mask, other=0.0))
-
-
 @triton.jit(do_not_specialize=["N"])
 def _nt_xent_bwd_finish_kernel(
-    z0_ptr, z1_ptr, grad_z_ptr, inverse_norm_ptr, temperature_ptr, grad_loss_ptr, peak_ptr, loss_ptr,
-    grad_z0_ptr, grad_z1_ptr, along_ptr, N, padded,
-    stride_z0n, stride_z0d, stride_z1n, stride_z1d, stride_grad_loss,
+    z0_ptr, z1_ptr, grad_z_ptr, inverse_norm_ptr, temperature_ptr, peak_ptr, pull_ptr,
+    grad_z0_ptr, grad_z1_ptr, along_ptr, N, padded, stride_z0n, stride_z0d, stride_z1n, stride_z1d,
     NORMALIZE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """grad_z0, grad_z1 (N, D): the positives' part added, through the normalisation. along (2N,): z . dz by row."""
@@ -319,31 +327,27 @@ def _nt_xent_bwd_finish_kernel(
     stride_xn, stride_yn = tl.where(second, stride_z1n, stride_z0n), tl.where(second, stride_z0n, stride_z1n)
     stride_xd, stride_yd = tl.where(second, stride_z1d, stride_z0d), tl.where(second, stride_z0d, stride_z1d)
     grad_x_ptr = tl.where(second, grad_z1_ptr, grad_z0_ptr)
+    grad_z_ptr += tl.where(second, padded, 0).to(tl.int64) * WIDTH
     inverse_x = tl.load(inverse_norm_ptr + row_start + tl.arange(0, ROWS))
     inverse_y = tl.load(inverse_norm_ptr + tl.where(second, 0, padded) + rows)
+    pull_y = tl.load(pull_ptr + rows) * inverse_y
+    scale = tl.maximum(tl.load(peak_ptr), MIN_NORMAL) / TILE_SCALE / tl.load(temperature_ptr)
 
-    temperature = tl.load(temperature_ptr)
-    scale = tl.maximum(tl.load(peak_ptr), MIN_NORMAL) / TILE_SCALE / temperature
-    pull = _positive_weights(grad_loss_ptr, loss_ptr, rows, mask, stride_grad_loss)
-    pull += _positive_weights(grad_loss_ptr, loss_ptr, rows + N, mask, stride_grad_loss)
-    pull_y = pull / temperature * inverse_y
-    grad_z_ptr += tl.where(second, padded, 0).to(tl.int64) * WIDTH
     along = tl.zeros((ROWS,), tl.float32)
     for start in range(0, D, DEPTH):
         d = start + tl.arange(0, DEPTH)
-        y = _load_rows(y_ptr, rows, d, stride_yn, stride_yd, N, D)
-        grad_z = _load_rows(grad_z_ptr, rows, d, WIDTH, 1, N, D) * scale - y * pull_y[:, None]
         x = _load_rows(x_ptr, rows, d, stride_xn, stride_xd, N, D)
-        along += tl.sum(x * inverse_x[:, None] * grad_z, 1)
+        y = _load_rows(y_ptr, rows, d, stride_yn, stride_yd, N, D)
+        grad = _load_rows(grad_z_ptr, rows, d, WIDTH, 1, N, D) * scale - y * pull_y[:, None]
+        along += tl.sum(x * inverse_x[:, None] * grad, 1)
     tl.store(along_ptr + tl.where(second, N, 0) + rows, along, mask=mask)
-    if NORMALIZE:
-        radial = tl.where(inverse_x < 1 / EPS, along, 0.0) * inverse_x  # a clamped norm is a constant
+    # a clamped norm is a constant
+    radial = tl.where(inverse_x < 1 / EPS, along, 0.0) * inverse_x if NORMALIZE else along * 0
     for start in range(0, D, DEPTH):
         d = start + tl.arange(0, DEPTH)
+        x = _load_rows(x_ptr, rows, d, stride_xn, stride_xd, N, D)
         y = _load_rows(y_ptr, rows, d, stride_yn, stride_yd, N, D)
-        grad_x = _load_rows(grad_z_ptr, rows, d, WIDTH, 1, N, D) * scale - y * pull_y[:, None]
-        if NORMALIZE:
-            x = _load_rows(x_ptr, rows, d, stride_xn, stride_xd, N, D)
-            grad_x = (grad_x - x * radial[:, None]) * inverse_x[:, None]
+        grad = _load_rows(grad_z_ptr, rows, d, WIDTH, 1, N, D) * scale - y * pull_y[:, None]
+        grad = (grad - x * radial[:, None]) * inverse_x[:, None]
         inside = mask[:, None] & (d < D)[None, :]
-        tl.store(grad_x_ptr + rows[:, None] * D + d[None, :], grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        tl.store(grad_x_ptr + rows[:, None] * D + d[None, :], grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
