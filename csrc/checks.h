@@ -19,7 +19,7 @@ inline void check_views(const char* op, const Tensor& z0, const Tensor& z1) {
 // A contiguous CPU tensor of this dtype and number of elements.
 inline void check_rows(const char* op, const char* argument, const Tensor& x, ScalarType dtype, int64_t count) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype && x.numel() == count, op, ": ", argument,
-                  " must be a contiguous CPU tensor of ", count, " elements in the dtype of temperature");
+                  " must be a contiguous CPU tensor of ", count, " elements in the right dtype");
 }
 
 }  // namespace sslkernels

@@ -17,8 +17,8 @@ namespace {
 
 std::map<std::string, std::string> build_info() {
   return {{"compiler", __VERSION__},
-          {"torch_target_version", std::to_string(TORCH_TARGET_VERSION >> 56) + "." +
-                                       std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff)},
+          {"torch_target_version",
+           std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff)},
 #ifdef USE_CUDA
           {"cuda", "built"}};
 #else
@@ -65,7 +65,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("bf16"), py::arg("iterations") = 20000, py::call_guard<py::gil_scoped_release>(),
       "GFLOP/s of all threads in a multiply-add loop on registers and first-level cache.");
   m.def(
-      "exp_rate",
-      [](int64_t iterations) { return rate(iterations, [](int64_t n) { return isa().peak().exp(n); }); },
+      "exp_rate", [](int64_t iterations) { return rate(iterations, [](int64_t n) { return isa().peak().exp(n); }); },
       py::arg("iterations") = 2000, py::call_guard<py::gil_scoped_release>(), "exp2 a second, all threads.");
 }

@@ -76,8 +76,8 @@ Forward nt_xent_fwd_cpu(const Tensor& z0, const Tensor& z1, const Tensor& temper
                         bool top1, bool bf16_matmul) {
   NtXentJob job = make_job(z0, z1, temperature, normalize);
   const int64_t rows = 2 * job.pairs;
-  Tensor loss = torch::stable::new_empty(temperature, {rows}), logsumexp = torch::stable::empty_like(loss);
-  Tensor positive = torch::stable::empty_like(loss);
+  Tensor loss = torch::stable::new_empty(temperature, {rows}), positive = torch::stable::empty_like(loss);
+  Tensor logsumexp = torch::stable::new_empty(temperature, {rows}, ScalarType::Double);
   Tensor hit = torch::stable::new_empty(z0, {top1 ? rows : 0}, ScalarType::Bool);
   if (top1) {
     job.top1 = true;
@@ -85,14 +85,14 @@ Forward nt_xent_fwd_cpu(const Tensor& z0, const Tensor& z1, const Tensor& temper
     job.hit = data<bool>(hit);
   }
   if (job.dtype == Dtype::kFloat64) {
-    NtXentDouble run{job, {}, {}, data<double>(loss), data<double>(logsumexp), data<double>(positive), {}, {}, {}};
+    NtXentDouble run{job, {}, {}, data<double>(loss), data<double>(positive), data<double>(logsumexp), {}, {}, {}};
     run.load();
     TorchThreads()(rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) run.forward_row(i);
     });
   } else if (rows > 0) {
     job.loss = data<float>(loss);
-    job.logsumexp = data<float>(logsumexp);
+    job.logsumexp = data<double>(logsumexp);
     job.positive = data<float>(positive);
     const TorchThreads threads;
     NtXentRunner(job, kernel_for(job, bf16_matmul), torch::stable::get_num_threads(), threads).forward();
@@ -122,20 +122,21 @@ Backward nt_xent_bwd_cpu(const Tensor& grad_loss, const Tensor& z0, const Tensor
   const Tensor grad = torch::stable::contiguous(grad_loss);
   check_rows("nt_xent", "grad_loss", grad, rows_dtype, rows);
   check_rows("nt_xent", "loss", loss, rows_dtype, rows);
-  check_rows("nt_xent", "logsumexp", logsumexp, rows_dtype, rows);
+  check_rows("nt_xent", "logsumexp", logsumexp, ScalarType::Double, rows);
   Tensor grad_z0 = torch::stable::new_empty(z0, {job.pairs, job.dim}), grad_z1 = torch::stable::empty_like(grad_z0);
   Tensor grad_temperature = torch::stable::new_empty(temperature, {});
   job.grad_view[0] = grad_z0.mutable_data_ptr();
   job.grad_view[1] = grad_z1.mutable_data_ptr();
   if (job.dtype == Dtype::kFloat64) {
-    NtXentDouble run{job, {}, {}, {}, {}, {}, const_data<double>(grad), const_data<double>(loss), const_data<double>(logsumexp)};
+    NtXentDouble run{
+        job, {}, {}, {}, {}, {}, const_data<double>(grad), const_data<double>(loss), const_data<double>(logsumexp)};
     *data<double>(grad_temperature) = backward_double(run);
     return {grad_z0, grad_z1, grad_temperature};
   }
   if (rows > 0) {
     job.grad_loss = const_data<float>(grad);
     job.saved_loss = const_data<float>(loss);
-    job.saved_logsumexp = const_data<float>(logsumexp);
+    job.saved_logsumexp = const_data<double>(logsumexp);
     const TorchThreads threads;
     NtXentRunner(job, kernel_for(job, bf16_matmul), torch::stable::get_num_threads(), threads).backward();
   }

@@ -29,11 +29,13 @@ struct NtXentJob {
   bool top1;     // compare the positive's logit with the largest negative's; not with bounded
 
   // ---- forward: results, (2 pairs,)
-  float *loss, *logsumexp, *positive;
+  float *loss, *positive;
+  double* logsumexp;
   bool* hit;
 
   // ---- backward: the gradient of the rows' losses, what the forward gave, and the results
-  const float *grad_loss, *saved_loss, *saved_logsumexp;
+  const float *grad_loss, *saved_loss;
+  const double* saved_logsumexp;
   void* grad_view[2];  // (pairs, dim), contiguous, in the dtype of the inputs
   double grad_temperature;
 
@@ -46,7 +48,7 @@ struct NtXentJob {
   float* residual;    // what the packed row still has to be multiplied by (bf16 tiles; otherwise 1)
   float *negatives, *maxima, *packed_positive;  // per row: sum of exp over the negatives, its offset (base 2), and s
   double* cosine;                               // forward, per row: z . z of its positive
-  float *weight, *logsumexp2;                   // backward, per row: factor of exp, and offset (base 2)
+  float *weight, *logsumexp2, *logsumexp2_low;  // backward, per row: factor of exp, and offset (base 2) in two parts
   double grad_scale;                            // the largest |grad_loss|, taken out of `weight`
   double* grad_temperature_parts;               // one per panel
 
@@ -113,6 +115,7 @@ class NtXentRunner {
         w.take(job_.grad_z, rows * padded_dim);
         w.take(job_.weight, rows);
         w.take(job_.logsumexp2, rows);
+        w.take(job_.logsumexp2_low, rows);
         w.take(job_.grad_temperature_parts, rows / kernel_.panel);
       } else {
         w.take(job_.cosine, rows);

@@ -10,7 +10,7 @@ namespace sslkernels {
 struct NtXentDouble {
   NtXentJob job;
   std::vector<double> z, scale;  // rows of Z, and what made them so
-  double *loss, *logsumexp, *positive;
+  double *loss, *positive, *logsumexp;
   const double *grad_loss, *saved_loss, *saved_logsumexp;
 
   void load() {

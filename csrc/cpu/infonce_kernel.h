@@ -5,7 +5,7 @@
 
 namespace sslkernels::SSLK_ISA {
 
-constexpr int64_t kStepsAtOnce = 128;         // reduction steps of S between two visits of a block
+constexpr int64_t kStepsAtOnce = 128;           // reduction steps of S between two visits of a block
 constexpr int64_t kTileStride = kMaxTile + 16;  // row of a tile in words, padded against cache-set conflicts
 
 template <bool kBf16>
@@ -24,7 +24,7 @@ struct NtXentTiles {
 
   const NtXentJob& job;
   Scratch& scratch;
-  const int64_t i0, j0;                            // first row and column of the tile
+  const int64_t i0, j0;  // first row and column of the tile
   const int64_t height = min(job.tile, job.padded_rows - i0), width = min(job.tile, job.padded_rows - j0);
   const bool diagonal = i0 == j0;
   const bool masked = diagonal || j0 + width > job.rows;
@@ -59,8 +59,8 @@ struct NtXentTiles {
     if (k + steps == job.words) {
       epilogue(row, column, c);
     } else {
-      SSLK_UNROLL for (int r = 0; r < kRows; r++)
-        SSLK_UNROLL for (int v = 0; v < kVecs; v++) store(partial + r * kTileStride + v * kLanes, c[r][v]);
+      SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++)
+          store(partial + r * kTileStride + v * kLanes, c[r][v]);
     }
   }
 
@@ -73,7 +73,8 @@ struct NtXentTiles {
     if (column >= width) return;
     const char* next = reinterpret_cast<const char*>(panel_word(j0 + column, k));
     const int64_t share = steps * kPanel * 4 * kRows / height;
-    for (int64_t at = row / kRows * share; at < (row / kRows + 1) * share; at += 64) __builtin_prefetch(next + at, 0, 2);
+    for (int64_t at = row / kRows * share; at < (row / kRows + 1) * share; at += 64)
+      __builtin_prefetch(next + at, 0, 2);
   }
 
   // c := logits in base 2, minus the bound if there is one.
@@ -94,7 +95,8 @@ struct NtXentTiles {
     for (int r = 0; r < kRows; r++)
       for (int v = 0; v < kVecs; v++) {
         const VecInt index = lane_index() + static_cast<int32_t>(j0 - i0 + column + v * kLanes);  // from row i0 on
-        const int32_t partner = static_cast<int32_t>((row + r) | 1), end = static_cast<int32_t>(min(job.rows - i0, 1 << 30));
+        const int32_t partner = static_cast<int32_t>((row + r) | 1),
+                      end = static_cast<int32_t>(min(job.rows - i0, 1 << 30));
         c[r][v] = (index > partner) & (index < end) ? c[r][v] : broadcast(by);
       }
   }
@@ -208,13 +210,17 @@ struct NtXentTiles {
     }
   }
 
+  // The offsets come in two parts: at small temperatures the logits are large, and p is nearly 1 where the two cancel.
   SSLK_INLINE void weigh_online(int64_t row, int64_t column, FullBlock& c) const {
     to_logits(row, column, c, 0);
     SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
       const int64_t j = j0 + column + v * kLanes;
       SSLK_UNROLL for (int r = 0; r < kRows; r++) {
         const int64_t i = i0 + row + r;
-        c[r][v] = exp2(c[r][v] - job.logsumexp2[i]) * job.weight[i] + exp2(c[r][v] - load(job.logsumexp2 + j)) * load(job.weight + j);
+        const Vec of_row = exp2(c[r][v] - job.logsumexp2[i] - job.logsumexp2_low[i]) * job.weight[i];
+        const Vec of_column =
+            exp2(c[r][v] - load(job.logsumexp2 + j) - load(job.logsumexp2_low + j)) * load(job.weight + j);
+        c[r][v] = of_row + of_column;
       }
     }
   }
@@ -233,8 +239,9 @@ struct NtXentTiles {
         const __m512bh pair = _mm512_cvtne2ps_pbh(c[r][1] * residual1, c[r][0] * residual0);
         store(scratch.g + (row + r) * kRowG + column / 2, (Vec)pair);
       }
-      alignas(64) static const uint16_t kInterleave[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+      alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
       const __m512i interleave = _mm512_load_si512(kInterleave);
       SSLK_UNROLL for (int r = 0; r < kRows; r += 2) {
         const float even = job.residual[i0 + row + r], odd = job.residual[i0 + row + r + 1];
@@ -248,9 +255,11 @@ struct NtXentTiles {
 #endif
   }
 
-  // grad_z[to .. to + height) += A Z[from .. from + width), A being G or its transpose. On the diagonal A is triangular.
+  // grad_z[to .. to + height) += A Z[from .. from + width), A being G or its transpose. On the diagonal A is
+  // triangular.
   template <int kRowStride, int kStepStride>
-  SSLK_INLINE void accumulate(const uint32_t* a, int64_t to, int64_t from, int64_t rows, int64_t depth, bool transposed) {
+  SSLK_INLINE void accumulate(const uint32_t* a, int64_t to, int64_t from, int64_t rows, int64_t depth,
+                              bool transposed) {
     for (int64_t column = 0; column < job.dim; column += kPanel) {
       const uint32_t* right = job.columns + (column * job.padded_rows + from * kPanel) / kPerWord;
       float* out = job.grad_z + column * job.padded_rows + to * kPanel;
@@ -260,13 +269,16 @@ struct NtXentTiles {
         if (column + kPanel < job.dim) {
           const char* next = reinterpret_cast<const char*>(right + job.padded_rows * kPanel / kPerWord);
           const int64_t share = depth * kPanel * 4 / kPerWord * kRows / rows;
-          for (int64_t at = row / kRows * share; at < (row / kRows + 1) * share; at += 64) __builtin_prefetch(next + at, 0, 2);
+          for (int64_t at = row / kRows * share; at < (row / kRows + 1) * share; at += 64)
+            __builtin_prefetch(next + at, 0, 2);
         }
         const uint32_t* left = a + row * kRowStride + begin / kPerWord * kStepStride;
         if (narrow)
-          accumulate_block<1, kRowStride, kStepStride>((end - begin) / kPerWord, left, right + begin / kPerWord * kPanel, out + row * kPanel);
+          accumulate_block<1, kRowStride, kStepStride>((end - begin) / kPerWord, left,
+                                                       right + begin / kPerWord * kPanel, out + row * kPanel);
         else
-          accumulate_block<kVecs, kRowStride, kStepStride>((end - begin) / kPerWord, left, right + begin / kPerWord * kPanel, out + row * kPanel);
+          accumulate_block<kVecs, kRowStride, kStepStride>((end - begin) / kPerWord, left,
+                                                           right + begin / kPerWord * kPanel, out + row * kPanel);
       }
     }
   }
@@ -296,8 +308,14 @@ void backward_tile(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) 
 template <bool kBf16>
 NtXentKernel kernel_of() {
   constexpr int64_t tiles = sizeof(typename NtXentTiles<kBf16>::Scratch), packing = sizeof(PackScratch<kBf16>);
-  return {kPanel, kBf16, tiles > packing ? tiles : packing, pack<kBf16>, forward_tile<kBf16>, forward_rows,
-          backward_tile<kBf16>, backward_rows};
+  return {kPanel,
+          kBf16,
+          tiles > packing ? tiles : packing,
+          pack<kBf16>,
+          forward_tile<kBf16>,
+          forward_rows,
+          backward_tile<kBf16>,
+          backward_rows};
 }
 
 NtXentKernel nt_xent_kernel(bool bf16) { return bf16 && kHasBf16 ? kernel_of<kHasBf16>() : kernel_of<false>(); }

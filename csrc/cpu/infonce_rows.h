@@ -135,8 +135,10 @@ SSLK_INLINE void transpose_panel(const uint32_t* from, int64_t from_stride, int6
     for (int r = 0; r < kPanel; r += 4) {
       Quad row[4];
       for (int q = 0; q < 4; q++) row[q] = *reinterpret_cast<const Quad*>(from + (r + q) * from_stride + k);
-      const Quad a = __builtin_shuffle(row[0], row[1], Quad{0, 4, 1, 5}), b = __builtin_shuffle(row[2], row[3], Quad{0, 4, 1, 5});
-      const Quad c = __builtin_shuffle(row[0], row[1], Quad{2, 6, 3, 7}), d = __builtin_shuffle(row[2], row[3], Quad{2, 6, 3, 7});
+      const Quad a = __builtin_shuffle(row[0], row[1], Quad{0, 4, 1, 5}),
+                 b = __builtin_shuffle(row[2], row[3], Quad{0, 4, 1, 5});
+      const Quad c = __builtin_shuffle(row[0], row[1], Quad{2, 6, 3, 7}),
+                 d = __builtin_shuffle(row[2], row[3], Quad{2, 6, 3, 7});
       const Quad column[4] = {__builtin_shuffle(a, b, Quad{0, 1, 4, 5}), __builtin_shuffle(a, b, Quad{2, 3, 6, 7}),
                               __builtin_shuffle(c, d, Quad{0, 1, 4, 5}), __builtin_shuffle(c, d, Quad{2, 3, 6, 7})};
       for (int q = 0; q < 4 && k + q < steps; q++) *reinterpret_cast<Quad*>(to + (k + q) * kPanel + r) = column[q];
@@ -182,7 +184,9 @@ SSLK_INLINE void prepare_gradient(const NtXentJob& job, int64_t row) {
   const double weight = job.grad_loss[at] / job.grad_scale, logsumexp = job.saved_logsumexp[at];
   const double bound = 1 / __builtin_fabs(job.temperature);
   job.weight[row] = static_cast<float>(job.bounded ? weight * __builtin_exp(bound - logsumexp) : weight);
-  job.logsumexp2[row] = static_cast<float>(logsumexp * kLog2E);
+  const double offset = logsumexp * kLog2E;
+  job.logsumexp2[row] = static_cast<float>(offset);
+  job.logsumexp2_low[row] = static_cast<float>(offset - job.logsumexp2[row]);
 }
 
 constexpr float kMasked = -2e38f;     // a logit that takes no part
@@ -196,7 +200,7 @@ SSLK_INLINE void prepare_panel(const NtXentJob& job, int64_t panel, bool backwar
     const int64_t row = panel * kPanel + r;
     packed[r] = job.residual[row] = 0;
     if (backward)
-      job.weight[row] = job.logsumexp2[row] = 0;
+      job.weight[row] = job.logsumexp2[row] = job.logsumexp2_low[row] = 0;
     else
       job.negatives[row] = 0, job.maxima[row] = kNoMaximum;
     if (row >= job.rows) continue;
@@ -243,14 +247,14 @@ inline void forward_rows(const NtXentJob& job, int64_t panel, void* /*scratch*/)
     const double others = job.negatives[row] * __builtin_exp(offset - top), own = __builtin_exp(positive - top);
     const double loss = others < own ? __builtin_log1p(others / own) : __builtin_log(others + own) + top - positive;
     job.loss[at] = static_cast<float>(loss);
-    job.logsumexp[at] = static_cast<float>(loss + positive);
+    job.logsumexp[at] = loss + positive;
     job.positive[at] = static_cast<float>(positive);
     if (job.top1) job.hit[at] = job.packed_positive[row] > job.maxima[row];
   }
 }
 
-// Gradient with respect to two rows of Z, chunk by chunk: the tiles' part, and the positive's, which is added last and in
-// fp32 so that nothing cancels.
+// Gradient with respect to two rows of Z, chunk by chunk: the tiles' part, and the positive's, which is added last and
+// in fp32 so that nothing cancels.
 SSLK_INLINE void gradient_chunk(const NtXentJob& job, int64_t row, int64_t column, int64_t count, double positive,
                                 float (*z)[kChunk], float (*g)[kChunk]) {
   const float scale = static_cast<float>(job.grad_scale / job.temperature), partner = static_cast<float>(positive);
@@ -265,7 +269,7 @@ SSLK_INLINE void gradient_chunk(const NtXentJob& job, int64_t row, int64_t colum
 
 // Closes the backward for the pairs of a panel: through the temperature and the normalisation, into the input's dtype.
 inline void backward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
-  auto* z = static_cast<float(*)[kChunk]>(scratch);
+  auto* z = static_cast<float (*)[kChunk]>(scratch);
   auto* g = z + 2;
   double grad_temperature = 0;
   for (int64_t row = panel * kPanel; row < min((panel + 1) * kPanel, job.rows); row += 2) {

@@ -5,10 +5,10 @@
 
 namespace sslkernels {
 
-#define SSLK_DECLARE(isa)                   \
-  namespace isa {                           \
-  NtXentKernel nt_xent_kernel(bool bf16);   \
-  Peak peak();                              \
+#define SSLK_DECLARE(isa)                 \
+  namespace isa {                         \
+  NtXentKernel nt_xent_kernel(bool bf16); \
+  Peak peak();                            \
   }
 SSLK_DECLARE(baseline)
 SSLK_DECLARE(avx2)
@@ -21,9 +21,8 @@ namespace {
 std::vector<Isa> list() {
   std::vector<Isa> isas = {{"baseline", baseline::nt_xent_kernel, baseline::peak, [] { return true; }}};
 #ifdef SSLKERNELS_HAVE_AVX2
-  isas.push_back({"avx2", avx2::nt_xent_kernel, avx2::peak, [] {
-                    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-                  }});
+  isas.push_back({"avx2", avx2::nt_xent_kernel, avx2::peak,
+                  [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }});
 #endif
 #ifdef SSLKERNELS_HAVE_AVX512
   isas.push_back({"avx512", avx512::nt_xent_kernel, avx512::peak, [] {

@@ -23,8 +23,8 @@ SSLK_INLINE Vec multiply_add(Vec c, const uint32_t* a, Vec b) {
   return c + *reinterpret_cast<const Float*>(a) * b;
 }
 
-// c[r][v] += sum over k < steps of A(r, k) B(k, v): word (r, k) of A lies at a[r * kRowStride + k * kStepStride], step k
-// of B is the kPanel words from b + k * kPanel on.
+// c[r][v] += sum over k < steps of A(r, k) B(k, v): word (r, k) of A lies at a[r * kRowStride + k * kStepStride], step
+// k of B is the kPanel words from b + k * kPanel on.
 template <bool kBf16, int V, int kRowStride, int kStepStride>
 SSLK_INLINE void multiply(int64_t steps, const uint32_t* a, const uint32_t* b, Block<V>& c) {
 #pragma GCC unroll 1

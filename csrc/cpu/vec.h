@@ -1,8 +1,8 @@
 // The vector vocabulary of the kernels, at the width of the instruction set this file is compiled for.
 //
-// Everything here lives in namespace sslkernels::SSLK_ISA, and no standard-library function that could be emitted out of
-// line is used: such a symbol would be merged across the differently compiled copies, and run on a processor without the
-// instructions.
+// Everything here lives in namespace sslkernels::SSLK_ISA, and no standard-library function that could be emitted out
+// of line is used: such a symbol would be merged across the differently compiled copies, and run on a processor without
+// the instructions.
 #pragma once
 #ifndef SSLK_ISA
 #error "define SSLK_ISA, the namespace of the instruction set, before including a kernel header"
@@ -25,8 +25,8 @@ constexpr int kLanes = 8, kRows = 4;  // 8 accumulators of 16 registers
 #else
 constexpr int kLanes = 4, kRows = 4;
 #endif
-constexpr int kVecs = 2;                 // vectors side by side in a block of the micro-kernel
-constexpr int kPanel = kLanes * kVecs;   // columns of a block, and rows packed together
+constexpr int kVecs = 2;                // vectors side by side in a block of the micro-kernel
+constexpr int kPanel = kLanes * kVecs;  // columns of a block, and rows packed together
 #if defined(__AVX512BF16__)
 constexpr bool kHasBf16 = true;
 #else

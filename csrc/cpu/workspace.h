@@ -8,8 +8,8 @@
 
 namespace sslkernels {
 
-// One block of uninitialised memory, handed out in aligned pieces. Fresh memory costs a page fault every 4 KiB, more than
-// the arithmetic of a small problem, so the last block is kept for reuse unless it is large.
+// One block of uninitialised memory, handed out in aligned pieces. Fresh memory costs a page fault every 4 KiB, more
+// than the arithmetic of a small problem, so the last block is kept for reuse unless it is large.
 class Workspace {
  public:
   static constexpr int64_t kMaxKept = int64_t{64} << 20;

@@ -88,7 +88,7 @@ def nt_xent(
     if not return_stats:
         return reduced
     logsumexp, positive, top1 = (stat.detach() for stat in stats)
-    return reduced, ContrastiveStats(logsumexp, top1, positive)
+    return reduced, ContrastiveStats(logsumexp.to(tau.dtype), top1, positive)
 
 
 @torch.compiler.assume_constant_result  # the compiler cannot trace a function that returns a string
@@ -124,9 +124,7 @@ def _temperature(name: str, temperature, z0: torch.Tensor, normalize: bool) -> t
                 f"got {temperature.dtype} of shape {tuple(temperature.shape)}"
             )
         if temperature.device != z0.device:
-            raise ValueError(
-                f"{name}: temperature must be on the device of z0, {z0.device}, got {temperature.device}"
-            )
+            raise ValueError(f"{name}: temperature must be on the device of z0, {z0.device}, got {temperature.device}")
         return temperature.reshape(()).to(compute), False  # its value is known on its device alone
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"{name}: temperature must be a float or a tensor, got {type(temperature).__name__}")

@@ -7,7 +7,8 @@ import torch
 from sslkernels import _library
 from sslkernels.ops.infonce import reference
 
-# loss, logsumexp, positive: (2N,) in the dtype of temperature (fp32, or fp64 for fp64 inputs); top1: (2N,) bool, or (0,)
+# loss, positive: (2N,) in the dtype of temperature (fp32, or fp64 for fp64 inputs); top1_hit: (2N,) bool, or (0,)
+# logsumexp: (2N,) in fp64, because the backward subtracts it from logits as large as itself: 1 / |temperature|
 # bounded: the caller knows that normalize holds and that 2 / |temperature| leaves exp(s - 1/|temperature|) in range
 # bf16_matmul: fp32 inputs may be multiplied as bf16
 torch.library.define(
@@ -32,7 +33,7 @@ torch.library.impl("sslkernels::nt_xent_bwd", "default", reference.nt_xent_bwd)
 def _(z0, z1, temperature, normalize, bounded, top1, bf16_matmul):
     rows = temperature.new_empty(2 * z0.shape[0])
     hits = z0.new_empty(2 * z0.shape[0] if top1 else 0, dtype=torch.bool)
-    return rows, torch.empty_like(rows), torch.empty_like(rows), hits
+    return rows, rows.new_empty(rows.shape, dtype=torch.float64), torch.empty_like(rows), hits
 
 
 @torch.library.register_fake("sslkernels::nt_xent_bwd")
@@ -47,9 +48,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    grads = torch.ops.sslkernels.nt_xent_bwd(
-        grad_loss, *ctx.saved_tensors, ctx.normalize, ctx.bounded, ctx.bf16_matmul
-    )
+    grads = torch.ops.sslkernels.nt_xent_bwd(grad_loss, *ctx.saved_tensors, ctx.normalize, ctx.bounded, ctx.bf16_matmul)
     return *grads, None, None, None, None
 
 

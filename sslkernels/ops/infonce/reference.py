@@ -47,7 +47,7 @@ def nt_xent_fwd(z0, z1, temperature, normalize, bounded, top1, bf16_matmul):
     """Default kernel of ``sslkernels::nt_xent_fwd``, for every device; accumulates in fp32, or fp64 for fp64 inputs."""
     compute = temperature.dtype
     loss, logsumexp, positive, hits = nt_xent_rows(z0.to(compute), z1.to(compute), temperature, normalize)
-    return loss, logsumexp, positive.clone(), hits if top1 else hits.new_empty(0)
+    return loss, logsumexp.double(), positive.clone(), hits if top1 else hits.new_empty(0)
 
 
 def nt_xent_bwd(grad_loss, z0, z1, temperature, loss, logsumexp, normalize, bounded, bf16_matmul):
@@ -66,7 +66,7 @@ def nt_xent_bwd(grad_loss, z0, z1, temperature, loss, logsumexp, normalize, boun
     z = x / scale
     rows = torch.arange(views, device=x.device)
     partners = (rows + views // 2) % max(views, 1)
-    probability = torch.exp(z @ z.T / temperature - logsumexp[:, None]).fill_diagonal_(0)
+    probability = torch.exp((z @ z.T / temperature - logsumexp[:, None]).to(compute)).fill_diagonal_(0)
     probability[rows, partners] = torch.expm1(-loss)  # p - 1 of the positive, without cancellation
     weighted = probability * grad_loss.to(compute)[:, None]
     grad_z = (weighted + weighted.T) @ z / temperature
