@@ -5,17 +5,21 @@
 
 namespace sslkernels::SSLK_ISA {
 
-// The micro-kernel with both operands in the first-level cache.
+// The accumulators of the micro-kernel, and operands that stay in registers too.
 template <bool kBf16>
 double multiply_add_loop(int64_t iterations) {
   constexpr int kSteps = 128;
-  alignas(64) static uint32_t a[kSteps * kPanel], b[kSteps * kPanel];
-  for (int64_t i = 0; i < iterations; i++) {
-    Block<kVecs> c;
-    clear<kVecs>(c);
-    multiply<kBf16, kVecs, 1, kPanel>(kSteps, a, b, c);
-    SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) use(c[r][v]);
+  Block<kVecs> c;
+  clear<kVecs>(c);
+  Vec left[kRows], right[kVecs];
+  for (int r = 0; r < kRows; r++) left[r] = broadcast(1e-3f * r);
+  for (int v = 0; v < kVecs; v++) right[v] = broadcast(1e-3f * v);
+  for (int64_t i = 0; i < iterations * kSteps; i++) {
+    SSLK_UNROLL for (int v = 0; v < kVecs; v++) opaque(right[v]);  // or the products would leave the loop
+    SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
+        multiply_add<kBf16>(c[r][v], left[r], right[v]);
   }
+  SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) opaque(c[r][v]);
   return 2.0 * iterations * kSteps * kRows * kPanel * (kBf16 ? 2 : 1);
 }
 

@@ -15,12 +15,15 @@ SSLK_INLINE void clear(Block<V>& c) {
   SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < V; v++) c[r][v] = Vec{};
 }
 
+// A word in every lane.
+SSLK_INLINE Vec broadcast_word(const uint32_t* word) { return broadcast(*reinterpret_cast<const Float*>(word)); }
+
 template <bool kBf16>
-SSLK_INLINE Vec multiply_add(Vec c, const uint32_t* a, Vec b) {
+SSLK_INLINE Vec multiply_add(Vec c, Vec a, Vec b) {
 #if defined(__AVX512BF16__)
-  if constexpr (kBf16) return _mm512_dpbf16_ps(c, (__m512bh)_mm512_set1_epi32(static_cast<int>(*a)), (__m512bh)b);
+  if constexpr (kBf16) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
 #endif
-  return c + *reinterpret_cast<const Float*>(a) * b;
+  return c + a * b;
 }
 
 // c[r][v] += sum over k < steps of A(r, k) B(k, v): word (r, k) of A lies at a[r * kRowStride + k * kStepStride], step
@@ -32,7 +35,7 @@ SSLK_INLINE void multiply(int64_t steps, const uint32_t* a, const uint32_t* b, B
     Vec right[V];
     SSLK_UNROLL for (int v = 0; v < V; v++) right[v] = load(b + kLanes * v);
     SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < V; v++) c[r][v] =
-        multiply_add<kBf16>(c[r][v], a + r * kRowStride, right[v]);
+        multiply_add<kBf16>(c[r][v], broadcast_word(a + r * kRowStride), right[v]);
   }
 }
 

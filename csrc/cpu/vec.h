@@ -46,16 +46,16 @@ SSLK_INLINE void store_unaligned(void* p, Vec v) { *static_cast<VecUnaligned*>(p
 SSLK_INLINE Vec broadcast(float x) { return x - Vec{}; }
 SSLK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// Makes the compiler believe that v is needed, without leaving its register.
-SSLK_INLINE void use(Vec v) {
+// Hides from the compiler what v holds, without moving it out of its register.
+SSLK_INLINE void opaque(Vec& v) {
 #if defined(__AVX512F__)
-  asm volatile("" : : "v"(v));
+  asm volatile("" : "+v"(v));
 #elif defined(__x86_64__)
-  asm volatile("" : : "x"(v));
+  asm volatile("" : "+x"(v));
 #elif defined(__aarch64__)
-  asm volatile("" : : "w"(v));
+  asm volatile("" : "+w"(v));
 #else
-  asm volatile("" : : "m"(v));
+  asm volatile("" : "+m"(v));
 #endif
 }
 
