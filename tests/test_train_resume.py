@@ -91,6 +91,13 @@ def test_another_curve_is_refused(uninterrupted, options, message):
         simclr.train(parse([*TINY, f"--out={uninterrupted}", *options]))
 
 
+def test_other_software_is_told(tmp_path, monkeypatch, capsys):
+    simclr.train(parse([*TINY, f"--out={tmp_path}", "--stop-after=1"]))
+    monkeypatch.setattr(torch, "__version__", "0.0.1")
+    simclr.train(parse([*TINY, f"--out={tmp_path}", "--stop-after=1", "--resume"]))
+    assert "goes on with torch 0.0.1" in capsys.readouterr().out
+
+
 def test_a_shortened_log_is_refused(tmp_path):
     simclr.train(parse([*TINY, f"--out={tmp_path}", "--stop-after=2"]))
     os.truncate(tmp_path / "log.csv", 30)

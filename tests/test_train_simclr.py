@@ -22,7 +22,7 @@ from train_children import (
 
 import sslkernels
 from sslkernels import cli
-from sslkernels.trainers import TrainError, _accumulate, _demo, _evaluate, _log, _models, simclr
+from sslkernels.trainers import TrainError, _accumulate, _evaluate, _log, _models, simclr
 from sslkernels.trainers._data import load_data
 from sslkernels.trainers._distributed import World, gather, join_world, leave_world, spread
 from sslkernels.trainers._optim import warmup_cosine
@@ -218,11 +218,6 @@ def test_the_schedule_warms_up_and_falls_to_zero():
     assert shares[:4] == [0.25, 0.5, 0.75, 1.0] and shares[4] == 1.0 and shares[10] == pytest.approx(0)
     assert all(a >= b for a, b in itertools.pairwise(shares[4:]))
     assert warmup_cosine(0, 1, 0) == 1.0
-
-
-def test_a_sparkline_follows_the_curve():
-    assert _demo.sparkline([8.0, 7, 6, 5, 4, 3, 2, 1]) == "█▇▆▅▄▃▂▁"
-    assert _demo.sparkline([2.0] * 100) == "▁" * 40
 
 
 @pytest.mark.parametrize(

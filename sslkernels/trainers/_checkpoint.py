@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+import sslkernels
 from sslkernels.trainers import TrainError
-from sslkernels.trainers._distributed import World
+from sslkernels.trainers._distributed import World, same_everywhere
 from sslkernels.trainers._options import curve_options
 
 NAME = "checkpoint.pt"
@@ -21,8 +22,12 @@ def begin(args: argparse.Namespace, world: World) -> dict:
     """Prepare the folder of a run and the threads; returns the checkpoint to go on from, or an empty dict."""
     path = args.out / NAME
     saved = load(path) if args.resume and path.exists() else {}
+    if not same_everywhere(saved.get("step"), world):
+        raise TrainError(f"--out {args.out}: the processes see different checkpoints; it must be a folder they share")
     if saved:
         check_same(saved["options"], curve_options(args, world.size))
+        if world.leads and saved["software"] != software(args.device):
+            print(f"begun with {saved['software']}, goes on with {software(args.device)}: the last bits may differ")
     elif path.exists() and not args.overwrite:
         raise TrainError(f"{args.out} holds a run: --resume goes on with it, --overwrite begins anew")
     if args.threads or saved:
@@ -36,8 +41,15 @@ def begin(args: argparse.Namespace, world: World) -> dict:
 
 
 def save(args: argparse.Namespace, world: World, state: dict) -> None:
-    options = curve_options(args, world.size)
-    write_atomically({"options": options, "threads": torch.get_num_threads(), **state}, args.out / NAME)
+    options, threads = curve_options(args, world.size), torch.get_num_threads()
+    state = {"options": options, "threads": threads, "software": software(args.device), **state}
+    write_atomically(state, args.out / NAME)
+
+
+def software(device: str) -> str:
+    """What computes the last bits, as far as this library knows."""
+    active = (f"{op} on {found[device].active}" for op, found in sslkernels.backends().items())
+    return ", ".join([f"torch {torch.__version__}", *active])
 
 
 def write_atomically(state: dict, path: Path) -> None:

@@ -32,6 +32,14 @@ def join_world(device: torch.device) -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
+def same_everywhere(value: object, world: World) -> bool:
+    if world.size == 1:
+        return True
+    values = [None] * world.size
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)
+
+
 def leave_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

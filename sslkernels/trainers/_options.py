@@ -41,7 +41,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, method: str) -> None:
 
 def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimiser")
-    group.add_argument("--batch-size", type=whole(2), default=256, help="images a step, in all (default: %(default)s)")
+    group.add_argument("--batch-size", type=whole(2), default=128, help="images a step, in all (default: %(default)s)")
     group.add_argument("--accumulate", type=whole(1), default=1, metavar="K", help="embed a step in K parts; same loss")
     group.add_argument("--optimizer", choices=sorted(LEARNING_RATES), default="adamw")
     rates = ", ".join(f"{rate} for {name}" for name, rate in LEARNING_RATES.items())
