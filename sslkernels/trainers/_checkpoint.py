@@ -30,9 +30,8 @@ def begin(args: argparse.Namespace, world: World) -> dict:
             print(f"begun with {saved['software']}, goes on with {software(args.device)}: the last bits may differ")
     elif path.exists() and not args.overwrite:
         raise TrainError(f"{args.out} holds a run: --resume goes on with it, --overwrite begins anew")
-    if args.threads or saved:
-        # sums are split among threads: another number of them would change the last bits
-        torch.set_num_threads(saved.get("threads") or args.threads)
+    # sums are split among threads, so that another number of them would change the last bits
+    torch.set_num_threads(saved.get("threads") or args.threads or max(1, torch.get_num_threads() - args.workers))
     if world.leads and not saved:
         args.out.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)

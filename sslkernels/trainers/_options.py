@@ -33,9 +33,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     run.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is autocast")
     run.add_argument("--ops", choices=("fused", "reference"), default="fused", help="reference: plain PyTorch")
-    run.add_argument(
-        "--threads", type=whole(1), help="of the CPU (default: as torch finds; a resumed run keeps its own)"
-    )
+    run.add_argument("--threads", type=whole(1), help="default: what --workers leaves; a resumed run keeps its own")
     run.add_argument("--workers", type=whole(0), default=1, help="processes that load images (default: %(default)s)")
 
 
