@@ -66,8 +66,10 @@ def nt_xent_bwd(grad_loss, z0, z1, temperature, loss, logsumexp, normalize, boun
     z = x / scale
     rows = torch.arange(views, device=x.device)
     partners = (rows + views // 2) % max(views, 1)
-    probability = torch.exp((z @ z.T / temperature - logsumexp[:, None]).to(compute)).fill_diagonal_(0)
-    probability[rows, partners] = torch.expm1(-loss)  # p - 1 of the positive, without cancellation
+    logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    probability = torch.softmax(logits, dim=1) if views else logits
+    probability[rows, partners] = 0
+    probability[rows, partners] = -probability.sum(dim=1)  # p - 1 of the positive, without cancellation
     weighted = probability * grad_loss.to(compute)[:, None]
     grad_z = (weighted + weighted.T) @ z / temperature
     along = (z * grad_z).sum(dim=1, keepdim=True)
