@@ -237,6 +237,7 @@ def test_a_mistake_takes_one_line(tmp_path, capsys, options, message):
     assert cli.main(["train", "simclr", *TINY, f"--out={tmp_path / 'run'}", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("sslkernels train simclr: ") and message in error and error.count("\n") == 1
+    assert (tmp_path / "run").exists() == ("diverged" in message)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,6 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     """Train as the arguments say; returns the kNN accuracies once all steps are done, in the leading process."""
     device = torch.device(args.device)
     world = join_world(device)
-    saved = _checkpoint.begin(args, world)
     data = load_data(args.data, args.image_size)
     check_batch(args, len(data.train), world.size)
 
@@ -56,6 +55,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     untrained = copy.deepcopy(backbone)
     model = nn.Sequential(backbone, projector(backbone.num_features, args.dim, args.norm).to(device))
     optimizer = build_optimizer(model, args.optimizer, args.weight_decay)
+    saved = _checkpoint.begin(args, world)
     if saved:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
