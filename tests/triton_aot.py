@@ -93,12 +93,13 @@ def _compile(target: str, dtype: torch.dtype) -> list[Resources]:
             for case in spec.tagged("aot"):
                 for _, arguments in numerics.calls(spec, case, dtype, "cpu"):
                     numerics.evaluate(spec.function, arguments, spec.grad_args)
-    read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
     unique = {launch.compiled.hash: launch for launch in launches}
-    return [_resources(target, dtype, launch, read(launch.compiled)) for launch in unique.values()]
+    return [measure(target, dtype, launch) for launch in unique.values()]
 
 
-def _resources(target: str, dtype: torch.dtype, launch: Launch, measured: dict) -> Resources:
+def measure(target: str, dtype: torch.dtype, launch: Launch) -> Resources:
+    """Read the machine code of a captured launch whose inputs are of ``dtype``."""
+    read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
     names = [param.name for param in launch.kernel.params if param.is_constexpr]
     products = re.findall(r"tt\.dot .*: tensor<\d+x\d+x(\w+)>", launch.compiled.asm["ttir"])
     return Resources(
@@ -110,7 +111,7 @@ def _resources(target: str, dtype: torch.dtype, launch: Launch, measured: dict) 
         shared=launch.compiled.metadata.shared,
         multiplies_16_bits=any(element in ("bf16", "f16") for element in products),
         hash=launch.compiled.hash,
-        **measured,
+        **read(launch.compiled),
     )
 
 

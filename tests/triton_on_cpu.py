@@ -19,6 +19,7 @@ import inspect
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from unittest import mock
 
 import numpy as np
@@ -117,7 +118,10 @@ def _grid(grid, meta: dict) -> tuple[int, int, int]:
 
 
 class _OnGPU(TorchDispatchMode):
-    """Sends our operators to their Triton launchers, and fills fresh memory with NaN or the largest integer."""
+    """Sends our operators to their Triton launchers, which must not read the device's memory on the host.
+
+    Fills fresh memory with NaN or the largest integer.
+    """
 
     FRESH = (
         torch.ops.aten.empty,
@@ -130,11 +134,18 @@ class _OnGPU(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.launchers = launchers()
+        self.launching = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.launchers:
-            with self:  # within a handler a mode is off
-                return self.launchers[func](*args, **(kwargs or {}))
+            self.launching = True
+            try:
+                with self:  # within a handler a mode is off
+                    return self.launchers[func](*args, **(kwargs or {}))
+            finally:
+                self.launching = False
+        if self.launching and func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("a launcher reads a tensor's value on the host, which would wait for the GPU")
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in self.FRESH:
             if out.is_floating_point():
@@ -191,6 +202,8 @@ class _Interpreter:
         constexprs = {param.name for param in kernel.params if param.is_constexpr}
         # Triton patches the modules that it finds in a function's globals; these two are what kernels can reach
         scope = interpreter._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        for name, module in product(("reduce", "associative_scan"), (tl, tl.core)):
+            scope.set_attr(module, name, _in_fp32(getattr(module, name)))
         try:
             bound = {n: v if n in constexprs else interpreter._implicit_cvt(v) for n, v in arguments.items()}
             with np.errstate(all="ignore"):  # a GPU raises nothing either
@@ -231,6 +244,17 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * tensor.element_size()
 
 
+def _in_fp32(reduce):
+    """A reduction or scan of bfloat16: in fp32, rounded at the end."""
+
+    def wrapped(inputs, *args, **kwargs):
+        if not isinstance(inputs, tl.tensor) or inputs.dtype != tl.bfloat16:
+            return reduce(inputs, *args, **kwargs)
+        return reduce(inputs.to(tl.float32), *args, **kwargs).to(tl.bfloat16)
+
+    return wrapped
+
+
 def _is_bf16(handle) -> bool:
     return isinstance(handle, TensorHandle) and handle.dtype.scalar == tl.bfloat16
 
@@ -264,6 +288,9 @@ class _Builder(interpreter.InterpreterBuilder):
     def __init__(self):
         super().__init__()
         self.memory: list[tuple[int, int]] = []
+
+    def get_bf16(self, value):
+        return _narrow(self.get_fp32(value))
 
     def binary_op(self, lhs, rhs, op):
         if not _is_bf16(lhs) or op in self.BITWISE:

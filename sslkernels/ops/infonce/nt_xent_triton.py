@@ -144,7 +144,8 @@ def _products(
 
 @triton.jit
 def _within_view(start, padded):
-    return tl.where(start >= padded, start - padded, start)
+    """Index within its view of a packed row; 32 bits, since tiles compare it element by element."""
+    return tl.where(start >= padded, start - padded, start).to(tl.int32)
 
 
 @triton.jit
@@ -321,7 +322,7 @@ def _nt_xent_bwd_finish_kernel(
     """grad_z0, grad_z1 (N, D): the positives' part added, through the normalisation. along (2N,): z . dz by row."""
     row_start = tl.program_id(0).to(tl.int64) * ROWS
     second = row_start >= padded
-    rows = _within_view(row_start, padded) + tl.arange(0, ROWS)
+    rows = _within_view(row_start, padded).to(tl.int64) + tl.arange(0, ROWS)
     mask = rows < N
     x_ptr, y_ptr = tl.where(second, z1_ptr, z0_ptr), tl.where(second, z0_ptr, z1_ptr)
     stride_xn, stride_yn = tl.where(second, stride_z1n, stride_z0n), tl.where(second, stride_z0n, stride_z1n)
@@ -342,7 +343,7 @@ def _nt_xent_bwd_finish_kernel(
         along += tl.sum(x * inverse_x[:, None] * grad, 1)
     tl.store(along_ptr + tl.where(second, N, 0) + rows, along, mask=mask)
     # a clamped norm is a constant
-    radial = tl.where(inverse_x < 1 / EPS, along, 0.0) * inverse_x if NORMALIZE else along * 0
+    radial = tl.where(inverse_x < 1 / EPS, along, 0.0) * inverse_x if NORMALIZE else tl.zeros_like(along)
     for start in range(0, D, DEPTH):
         d = start + tl.arange(0, DEPTH)
         x = _load_rows(x_ptr, rows, d, stride_xn, stride_xd, N, D)
