@@ -2,21 +2,14 @@
 #include "infonce.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "../checks.h"
 #include "infonce_double.h"
 #include "isa.h"
+#include "threads.h"
 
 namespace sslkernels {
 namespace {
-
-struct TorchThreads {
-  template <class Body>
-  void operator()(int64_t n, const Body& body) const {
-    torch::stable::parallel_for(0, n, 1, body);
-  }
-};
 
 template <class T>
 T* data(const Tensor& x) {

@@ -7,12 +7,11 @@
 #include <cmath>
 #include <cstdint>
 
+#include "dtype.h"
 #include "tournament.h"
 #include "workspace.h"
 
 namespace sslkernels {
-
-enum class Dtype { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 constexpr double kNormalizeEps = 1e-12;  // of torch.nn.functional.normalize
 constexpr int64_t kMaxTile = 128;

@@ -2,6 +2,7 @@
 // and after the tiles. Included by infonce_kernel.h, once per instruction set.
 #pragma once
 #include "infonce.h"
+#include "storage.h"
 #include "tile_gemm.h"
 
 namespace sslkernels::SSLK_ISA {
@@ -9,81 +10,31 @@ namespace sslkernels::SSLK_ISA {
 constexpr int64_t kChunk = 512;  // columns of a row handled at a time
 constexpr double kLog2E = 1.4426950408889634;
 
-SSLK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-SSLK_INLINE float from_bits(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, 4);
-  return x;
-}
-SSLK_INLINE uint32_t to_bits(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return bits;
-}
-SSLK_INLINE float from_bf16(uint16_t h) { return from_bits(uint32_t{h} << 16); }
-SSLK_INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even
-  const uint32_t bits = to_bits(x);
-  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-SSLK_INLINE float from_fp16(uint16_t h) {
-  // The exponent moves into fp32's place; the multiplication mends its bias and normalises denormals.
-  const float magnitude = from_bits((h & 0x7fffu) << 13) * 0x1p112f;
-  const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
-  return from_bits(to_bits(magnitude) | special | (h & 0x8000u) << 16);
-}
-SSLK_INLINE uint16_t to_fp16(float x) {
-  const uint32_t sign = to_bits(x) >> 16 & 0x8000;
-  const float magnitude = from_bits(to_bits(x) & 0x7fffffff);
-  if (x != x) return static_cast<uint16_t>(sign | 0x7e00);
-  if (magnitude >= 65520.f) return static_cast<uint16_t>(sign | 0x7c00);
-  if (magnitude < 0x1p-14f)  // denormal: the addition rounds at the last place of fp16
-    return static_cast<uint16_t>(sign | (to_bits(magnitude + 0.5f) - to_bits(0.5f)));
-  const uint32_t bits = to_bits(magnitude);
-  return static_cast<uint16_t>(sign | ((bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13));
-}
-
-struct Fp32 {
-  typedef float Storage;
-  static float load(float x) { return x; }
-  static float store(float x) { return x; }
-};
-struct Bf16 {
-  typedef uint16_t Storage;
-  static float load(uint16_t x) { return from_bf16(x); }
-  static uint16_t store(float x) { return to_bf16(x); }
-};
-struct Fp16 {
-  typedef uint16_t Storage;
-  static float load(uint16_t x) { return from_fp16(x); }
-  static uint16_t store(float x) { return to_fp16(x); }
-};
-
-// f(type) with the type that the inputs are stored in.
-template <class F>
-SSLK_INLINE void with_storage(Dtype dtype, const F& f) {
-  if (dtype == Dtype::kFloat32) f(Fp32{});
-  if (dtype == Dtype::kBFloat16) f(Bf16{});
-  if (dtype == Dtype::kFloat16) f(Fp16{});
-}
-
 template <class Type>
 SSLK_INLINE const typename Type::Storage* row_start(const NtXentJob& job, int64_t row, int64_t column) {
   return static_cast<const typename Type::Storage*>(job.view[row % 2]) + row / 2 * job.row_stride[row % 2] +
          column * job.column_stride[row % 2];
 }
 
-// out[c] = scale * x[row][column + c], for `count` columns.
-inline void read_row(const NtXentJob& job, int64_t row, int64_t column, int64_t count, double scale, float* out) {
+// The values x[row][column] to x[row][column + count) as floats: in place, or converted into `buffer`.
+SSLK_INLINE const float* row_values(const NtXentJob& job, int64_t row, int64_t column, int64_t count, float* buffer) {
+  const int64_t stride = job.column_stride[row % 2];
+  if (job.dtype == Dtype::kFloat32 && stride == 1) return row_start<Fp32>(job, row, column);
   with_storage(job.dtype, [&](auto type) {
     const auto* x = row_start<decltype(type)>(job, row, column);
-    const int64_t stride = job.column_stride[row % 2];
     if (stride == 1) {
-      for (int64_t c = 0; c < count; c++) out[c] = static_cast<float>(scale * type.load(x[c]));
+      for (int64_t c = 0; c < count; c++) buffer[c] = type.load(x[c]);
     } else {
-      for (int64_t c = 0; c < count; c++) out[c] = static_cast<float>(scale * type.load(x[c * stride]));
+      for (int64_t c = 0; c < count; c++) buffer[c] = type.load(x[c * stride]);
     }
   });
+  return buffer;
+}
+
+// out[c] = scale * x[row][column + c], for `count` columns. The product is taken in float64: it has the range.
+inline void read_row(const NtXentJob& job, int64_t row, int64_t column, int64_t count, double scale, float* out) {
+  const float* x = row_values(job, row, column, count, out);
+  for (int64_t c = 0; c < count; c++) out[c] = static_cast<float>(scale * x[c]);
 }
 
 SSLK_INLINE double sum8(const double (&parts)[8]) {
@@ -105,8 +56,8 @@ inline double row_norm(const NtXentJob& job, int64_t row, float* buffer) {
   double square = 0;
   for (int64_t column = 0; column < job.dim; column += kChunk) {
     const int64_t count = min(kChunk, job.dim - column);
-    read_row(job, row, column, count, 1, buffer);
-    square += dot(buffer, buffer, count);
+    const float* x = row_values(job, row, column, count, buffer);
+    square += dot(x, x, count);
   }
   return __builtin_sqrt(square);
 }
@@ -126,8 +77,6 @@ SSLK_INLINE double prepare_row(const NtXentJob& job, int64_t row, float* buffer)
   return packed;
 }
 
-typedef uint32_t Quad __attribute__((vector_size(16), aligned(4), may_alias));
-
 // to[k * kPanel + r] = from[r * from_stride + k] for k < steps and the kPanel rows r; `from` may be read to the next
 // multiple of 4.
 SSLK_INLINE void transpose_panel(const uint32_t* from, int64_t from_stride, int64_t steps, uint32_t* to) {
@@ -135,13 +84,8 @@ SSLK_INLINE void transpose_panel(const uint32_t* from, int64_t from_stride, int6
     for (int r = 0; r < kPanel; r += 4) {
       Quad row[4];
       for (int q = 0; q < 4; q++) row[q] = *reinterpret_cast<const Quad*>(from + (r + q) * from_stride + k);
-      const Quad a = __builtin_shuffle(row[0], row[1], Quad{0, 4, 1, 5}),
-                 b = __builtin_shuffle(row[2], row[3], Quad{0, 4, 1, 5});
-      const Quad c = __builtin_shuffle(row[0], row[1], Quad{2, 6, 3, 7}),
-                 d = __builtin_shuffle(row[2], row[3], Quad{2, 6, 3, 7});
-      const Quad column[4] = {__builtin_shuffle(a, b, Quad{0, 1, 4, 5}), __builtin_shuffle(a, b, Quad{2, 3, 6, 7}),
-                              __builtin_shuffle(c, d, Quad{0, 1, 4, 5}), __builtin_shuffle(c, d, Quad{2, 3, 6, 7})};
-      for (int q = 0; q < 4 && k + q < steps; q++) *reinterpret_cast<Quad*>(to + (k + q) * kPanel + r) = column[q];
+      transpose(row);
+      for (int q = 0; q < 4 && k + q < steps; q++) *reinterpret_cast<Quad*>(to + (k + q) * kPanel + r) = row[q];
     }
 }
 
@@ -157,7 +101,8 @@ void pack_chunk(const NtXentJob& job, int64_t panel, int64_t column, bool backwa
   const int64_t count = min(kChunk, job.dim - column), padded = (count + kPanel - 1) / kPanel * kPanel;
   uint32_t* to = job.panels + panel * job.words * kPanel + column / (kBf16 ? 2 : 1) * kPanel;
   if constexpr (kBf16) {
-    for (int64_t i = 0; i < kPanel * kChunk; i++) s.halves[i] = to_bf16(s.rows[i]);
+    for (int64_t r = 0; r < kPanel; r++)
+      for (int64_t c = 0; c < padded; c++) s.halves[r * kChunk + c] = to_bf16(s.rows[r * kChunk + c]);
     const auto* words = reinterpret_cast<const uint32_t*>(s.halves);
     transpose_panel(words, kChunk / 2, (count + 1) / 2, to);
   } else {

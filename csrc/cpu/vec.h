@@ -37,6 +37,7 @@ typedef float Vec __attribute__((vector_size(4 * kLanes), may_alias));
 typedef float VecUnaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t VecInt __attribute__((vector_size(4 * kLanes), may_alias));
 typedef uint32_t VecWord __attribute__((vector_size(4 * kLanes), may_alias));
+typedef uint64_t VecLong __attribute__((vector_size(4 * kLanes), may_alias));
 typedef float Float __attribute__((may_alias));
 
 SSLK_INLINE Vec load(const void* p) { return *static_cast<const Vec*>(p); }
@@ -59,15 +60,20 @@ SSLK_INLINE void opaque(Vec& v) {
 #endif
 }
 
+// The upper half of the lanes folded onto the lower, again and again, until one is left.
+template <class Fold>
+SSLK_INLINE float reduce(Vec v, const Fold& fold) {
+  float lanes[kLanes];
+  store_unaligned(lanes, v);
+  SSLK_UNROLL for (int half = kLanes / 2; half > 0; half /= 2) SSLK_UNROLL for (int i = 0; i < half; i++) lanes[i] =
+      fold(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
 SSLK_INLINE float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; i++) total += v[i];
-  return total;
+  return reduce(v, [](float a, float b) { return a + b; });
 }
 SSLK_INLINE float maximum(Vec v) {
-  float largest = v[0];
-  for (int i = 1; i < kLanes; i++) largest = v[i] > largest ? v[i] : largest;
-  return largest;
+  return reduce(v, [](float a, float b) { return a > b ? a : b; });
 }
 
 SSLK_INLINE VecInt lane_index() {
@@ -79,6 +85,32 @@ SSLK_INLINE VecInt lane_index() {
 #if defined(__AVX512F__)
 constexpr __mmask16 kAllLanes = 0xffff;  // the unmasked intrinsics raise a false warning in gcc 12 (its bug 105593)
 #endif
+
+typedef uint32_t Quad __attribute__((vector_size(16), aligned(4), may_alias));
+
+SSLK_INLINE void transpose(Quad (&row)[4]) {
+  const Quad a = __builtin_shuffle(row[0], row[1], Quad{0, 4, 1, 5}),
+             b = __builtin_shuffle(row[2], row[3], Quad{0, 4, 1, 5});
+  const Quad c = __builtin_shuffle(row[0], row[1], Quad{2, 6, 3, 7}),
+             d = __builtin_shuffle(row[2], row[3], Quad{2, 6, 3, 7});
+  row[0] = __builtin_shuffle(a, b, Quad{0, 1, 4, 5});
+  row[1] = __builtin_shuffle(a, b, Quad{2, 3, 6, 7});
+  row[2] = __builtin_shuffle(c, d, Quad{0, 1, 4, 5});
+  row[3] = __builtin_shuffle(c, d, Quad{2, 3, 6, 7});
+}
+
+// The lower halves of 64-bit lanes times a 32-bit constant.
+SSLK_INLINE VecLong multiply_wide(VecWord a, uint32_t constant) {
+#if defined(__AVX512F__)
+  return (VecLong)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(constant));
+#elif defined(__AVX2__)
+  return (VecLong)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(constant));
+#elif defined(__x86_64__)
+  return (VecLong)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(constant));
+#else
+  return ((VecLong)a & 0xffffffff) * constant;
+#endif
+}
 
 // 2^x with a relative error of 1.5e-7 for |x| <= 126; below -126 it is 0 or a denormal. The fraction goes through a
 // minimax polynomial of degree 5 on [-0.5, 0.5].
