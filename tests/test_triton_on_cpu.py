@@ -29,6 +29,12 @@ def _sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _fma_kernel(x_ptr, out_ptr):
+    x = tl.load(x_ptr)
+    tl.store(out_ptr, tl.fma(x, x, -(x * x)))
+
+
+@triton.jit
 def _matmul_kernel(a_ptr, b_ptr, out_ptr, SIZE: tl.constexpr):
     rows, columns = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     a = tl.load(a_ptr + rows * SIZE + columns)
@@ -100,6 +106,13 @@ def test_bfloat16_rounds_after_every_operation():
         _sum_kernel[(1,)](x_ptr=x, out_ptr=out, BLOCK=64)
     expected = (x * x - x).float().sum()  # the elements rounded to bfloat16, as is their sum
     assert out == expected.bfloat16() != (x.float() * x.float() - x.float()).sum().bfloat16()
+
+
+def test_fma_rounds_once():
+    x, out = torch.tensor(1 + 2.0**-20), torch.zeros(())
+    with interpret():
+        _fma_kernel[(1,)](x_ptr=x, out_ptr=out)
+    assert out == x.double() ** 2 - (x * x).double() != 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -306,6 +306,9 @@ class _Builder(interpreter.InterpreterBuilder):
         return _narrow(super().ternary_op(_widen(lhs), _widen(rhs), _widen(other), op))
 
     def create_fma(self, x, y, z):
+        if z.dtype.scalar == tl.float32:  # one rounding: the product of two fp32 numbers is exact in fp64
+            exact = x.data.astype(np.float64) * y.data + z.data
+            return TensorHandle(exact.astype(np.float32), tl.float32)
         result = super().create_fma(_widen(x), _widen(y), _widen(z))
         return _narrow(result) if _is_bf16(z) else result
 

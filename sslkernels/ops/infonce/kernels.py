@@ -206,9 +206,8 @@ def _launch_rows(packed: _Packed, temperature, outputs: dict, tiles: Tiles) -> N
         return (2 * meta["padded"] // meta["ROWS"],)
 
     _nt_xent_fwd_rows_kernel[grid](
-        packed_ptr=packed.z, multiplier_ptr=packed.multiplier, similarity_ptr=packed.similarity,
-        temperature_ptr=temperature, **outputs, **packed.sizes, ROWS=tiles.rows, COLUMNS=tiles.columns,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        packed_ptr=packed.z, multiplier_ptr=packed.multiplier, temperature_ptr=temperature, **outputs,
+        **packed.sizes, ROWS=tiles.rows, COLUMNS=tiles.columns, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 

@@ -6,6 +6,9 @@ fp16, and leaves the tile kernels without strides and masked loads. z = packed *
 products. A tile never crosses the views, so that a row meets itself or its positive exactly where both have the same
 index within their view: one mask leaves both out. The positives are added apart, in fp32. Logits are in base 2.
 
+At small temperatures a softmax near 0 or 1 is exact only if both passes find the same logits bit by bit. Hence the
+symmetric order (a * b) * (row factor * column factor), the explicit fma, and the shifts in fp64.
+
 Row r of the 2 * padded packed rows is row r of z0, or row r - padded of z1.
 """
 
@@ -201,8 +204,7 @@ def _nt_xent_fwd_finish_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _nt_xent_fwd_rows_kernel(
-    packed_ptr, multiplier_ptr, similarity_ptr, temperature_ptr, loss_ptr, logsumexp_ptr, positive_ptr, top1_ptr,
-    N, padded,
+    packed_ptr, multiplier_ptr, temperature_ptr, loss_ptr, logsumexp_ptr, positive_ptr, top1_ptr, N, padded,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The (2N,) outputs, one program for ROWS of them, with a running maximum: any temperature, deterministic."""
@@ -228,24 +230,23 @@ def _nt_xent_fwd_rows_kernel(
         sums += tl.sum(tl.exp2(tl.fma(similarity, scale, -shift[:, None])), 1)
         peak = new_peak
 
-    # top1 compares products of the same tiling, so that equal vectors tie
-    tile_positive = tl.zeros((ROWS,), tl.float32)
+    # products of the same tiling, so that equal vectors tie and their difference is 0 at any temperature
+    positive = tl.zeros((ROWS,), tl.float32)
     partner_start = tl.where(row_start < padded, row_start + padded, row_start - padded)
     for start in range(0, ROWS, COLUMNS):
         column_factor = tl.load(multiplier_ptr + partner_start + start + offsets) * sign
         similarity = _products(packed_ptr, row_start, partner_start + start, D, WIDTH, ROWS, COLUMNS, DEPTH)
         similarity *= row_factor[:, None] * column_factor[None, :]
         own = rows[:, None] == (local_start + start + offsets)[None, :]
-        tile_positive += tl.sum(tl.where(own, similarity, 0.0), 1)
+        positive += tl.sum(tl.where(own, similarity, 0.0), 1)
 
     mask = rows < N
     index = rows + tl.where(row_start < padded, 0, N)
     shift = tl.where(peak == -float("inf"), 0.0, peak * scale)
     _store_rows(
-        tl.load(similarity_ptr + rows), sums, shift, scale, sign, temperature_ptr, index, mask,
-        loss_ptr, logsumexp_ptr, positive_ptr,
-    )  # fmt: skip
-    tl.store(top1_ptr + index, tile_positive > peak, mask=mask)
+        positive * sign, sums, shift, scale, sign, temperature_ptr, index, mask, loss_ptr, logsumexp_ptr, positive_ptr
+    )
+    tl.store(top1_ptr + index, positive > peak, mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
