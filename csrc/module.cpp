@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/ema_direct.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -67,4 +68,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "exp_rate", [](int64_t iterations) { return rate(iterations, [](int64_t n) { return isa().peak().exp(n); }); },
       py::arg("iterations") = 2000, py::call_guard<py::gil_scoped_release>(), "exp2 a second, all threads.");
+  bind_ema(m);
 }

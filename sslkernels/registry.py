@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-SLICES = ("infonce",)
+SLICES = ("infonce", "ema")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "ema.h"
 #include "infonce.h"
 
 namespace sslkernels {
@@ -16,6 +17,7 @@ struct Peak {
 struct Isa {
   const char* name;
   NtXentKernel (*nt_xent)(bool bf16);
+  EmaKernel (*ema)();
   Peak (*peak)();
   bool (*supported)();
 };

@@ -1,4 +1,5 @@
 // Every CPU kernel, compiled for this instruction set.
 #define SSLK_ISA avx512_bf16
+#include "../ema_kernel.h"
 #include "../infonce_kernel.h"
 #include "../peak.h"

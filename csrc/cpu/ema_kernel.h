@@ -1,0 +1,228 @@
+// The loops of the moving average, compiled once per instruction set. A block of elements is read as floats (doubles
+// where a tensor is float64), moved towards the student, and written back rounded to nearest or stochastically.
+#pragma once
+#include "../philox.h"
+#include "ema.h"
+#include "storage.h"
+
+namespace sslkernels::SSLK_ISA {
+
+constexpr int64_t kEmaBlock = 256;
+
+struct Fp64 {
+  typedef double Storage;
+  static double load(double x) { return x; }
+  static double store(double x) { return x; }
+};
+
+template <class F>
+SSLK_INLINE void with_any_storage(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kFloat64) f(Fp64{});
+  with_storage(dtype, f);
+}
+
+SSLK_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+SSLK_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+
+// start at weight 0, end at weight 1, bit for bit. Every backend rounds as this does: once for the difference, once for
+// the rest.
+template <class Real>
+struct Lerp {
+  explicit Lerp(double weight)
+      : from_end(weight >= 0.5),
+        at_end(weight == 1),
+        factor(from_end ? static_cast<Real>(weight) - 1 : static_cast<Real>(weight)) {}
+  SSLK_INLINE Real operator()(Real start, Real end) const {
+    const Real moved = fma(factor, end - start, from_end ? end : start);
+    return at_end ? end : moved;
+  }
+  const bool from_end, at_end;
+  const Real factor;
+};
+
+// ---- rounding
+
+// 16 random bits of an element; eight neighbours share a counter.
+SSLK_INLINE uint16_t random_bits(const EmaTensor& tensor, const EmaJob& job, int64_t element) {
+  const uint64_t at = static_cast<uint64_t>(element);
+  uint32_t words[4] = {static_cast<uint32_t>(at >> 3), tensor.index, job.step, kPhiloxEma};
+  philox(words, job.seed, PhiloxScalar{});
+  return static_cast<uint16_t>(words[at >> 1 & 3] >> (at & 1) * 16);
+}
+
+struct PhiloxVector {
+  SSLK_INLINE void operator()(VecWord a, uint32_t constant, VecWord& high, VecWord& low) const {
+    const VecWord odd = (VecWord)((VecLong)a >> 32);
+    const VecLong even_product = multiply_wide(a, constant), odd_product = multiply_wide(odd, constant);
+    low = (VecWord)((even_product & 0xffffffff) | odd_product << 32);
+    high = (VecWord)((even_product >> 32) | (odd_product & (0xffffffffull << 32)));
+  }
+};
+
+// The random bits of `count` elements from `element` on, one after the other; returns where they start in `buffer`.
+SSLK_INLINE const uint16_t* random_run(const EmaTensor& tensor, const EmaJob& job, int64_t element, int64_t count,
+                                       uint16_t* buffer) {
+  const VecWord zero{};
+  const int64_t skip = element & 7, counters = (skip + count + 7) / 8;
+  VecWord counter = (VecWord)lane_index() + static_cast<uint32_t>(element >> 3);
+  for (int64_t at = 0; at < counters; at += kLanes, counter += kLanes) {
+    VecWord words[4] = {counter, zero + tensor.index, zero + job.step, zero + uint32_t{kPhiloxEma}};
+    philox(words, job.seed, PhiloxVector{});
+    SSLK_UNROLL for (int lane = 0; lane < kLanes; lane += 4) {
+      Quad block[4];
+      SSLK_UNROLL for (int w = 0; w < 4; w++) block[w] = *(reinterpret_cast<const Quad*>(&words[w]) + lane / 4);
+      transpose(block);
+      SSLK_UNROLL for (int q = 0; q < 4; q++) * reinterpret_cast<Quad*>(buffer + (at + lane + q) * 8) = block[q];
+    }
+  }
+  return buffer + skip;
+}
+
+// The neighbour of x above or below, its mean over `random` being x. Infinities and NaN are kept.
+SSLK_INLINE uint16_t round_stochastically(Bf16, float x, uint32_t random) {
+  const uint32_t bits = to_bits(x);
+  return (bits & 0x7f800000) == 0x7f800000 ? to_bf16(x) : static_cast<uint16_t>((bits + random) >> 16);
+}
+SSLK_INLINE uint16_t round_stochastically(Fp16, float x, uint32_t random) {
+  const uint32_t bits = to_bits(x), magnitude = bits & 0x7fffffff;
+  // below the normal numbers the distance of neighbours is 2^-24 throughout
+  const float units = magnitude < 0x38800000 ? from_bits(magnitude) * 0x1p40f : 0;
+  const uint32_t small = (static_cast<uint32_t>(static_cast<int32_t>(units)) + random) >> 16;
+  const uint32_t normal = (magnitude - (112u << 23) + (random >> 3)) >> 13;
+  const uint32_t rounded = magnitude < 0x38800000 ? small : normal < 0x7c00 ? normal : 0x7c00;
+  return magnitude >= 0x7f800000 ? to_fp16(x) : static_cast<uint16_t>(bits >> 16 & 0x8000) | rounded;
+}
+
+// ---- dense tensors, in place
+
+template <class Real, class Teacher, class Student, bool kCopy>
+void update_dense(const EmaTensor& tensor, const EmaJob& job, int64_t begin, int64_t end) {
+  const Lerp<Real> lerp(job.weight);
+  auto* teacher = static_cast<typename Teacher::Storage*>(tensor.teacher);
+  const auto* student = static_cast<const typename Student::Storage*>(tensor.student);
+  auto* copy = static_cast<uint16_t*>(tensor.copy);
+#pragma GCC ivdep
+  for (int64_t i = begin; i < end; i++) {
+    const Real value = lerp(Teacher::load(teacher[i]), Student::load(student[i]));
+    teacher[i] = Teacher::store(value);
+    if (kCopy) copy[i] = to_bf16(value);
+  }
+}
+
+template <class Teacher, class Student>
+void update_dense_stochastically(const EmaTensor& tensor, const EmaJob& job, int64_t begin, int64_t end) {
+  const Lerp<float> lerp(job.weight);
+  alignas(64) uint16_t bits[kEmaBlock + 8 * kLanes];
+  for (int64_t at = begin; at < end; at += kEmaBlock) {
+    const int64_t count = min(kEmaBlock, end - at);
+    auto* teacher = static_cast<typename Teacher::Storage*>(tensor.teacher) + at;
+    const auto* student = static_cast<const typename Student::Storage*>(tensor.student) + at;
+    const uint16_t* random = random_run(tensor, job, tensor.first + at, count, bits);
+#pragma GCC ivdep
+    for (int64_t i = 0; i < count; i++) {
+      const float value = lerp(Teacher::load(teacher[i]), Student::load(student[i]));
+      teacher[i] = round_stochastically(Teacher{}, value, random[i]);
+    }
+  }
+}
+
+// ---- any strides, any dtypes
+
+// The row-major index of the element that comes at `position` in memory.
+SSLK_INLINE int64_t element_at(const EmaTensor& t, int64_t position) {
+  if (t.sizes || t.channels == 1) return position;
+  const int64_t plane = t.channels * t.spatial, inside = position % plane;
+  return position - inside + inside % t.channels * t.spatial + inside / t.channels;
+}
+
+// Where a run of elements along the last dimension starts, and its step.
+struct EmaRun {
+  EmaRun(const EmaTensor& t, const int64_t* strides, int64_t position)
+      : offset(t.sizes ? 0 : position), step(t.sizes ? strides[t.dims - 1] : 1) {
+    for (int64_t d = t.dims - 1; t.sizes && d >= 0; d--) {
+      offset += position % t.sizes[d] * strides[d];
+      position /= t.sizes[d];
+    }
+  }
+  SSLK_INLINE int64_t operator[](int64_t i) const { return offset + i * step; }
+  int64_t offset;
+  const int64_t step;
+};
+
+template <class Real>
+SSLK_INLINE void write(Dtype dtype, void* to, int64_t offset, Real value) {
+  with_any_storage(dtype, [&](auto type) {
+    typedef decltype(type.load({})) Value;
+    static_cast<typename decltype(type)::Storage*>(to)[offset] = type.store(static_cast<Value>(value));
+  });
+}
+template <class Real>
+SSLK_INLINE Real read(Dtype dtype, const void* from, int64_t offset) {
+  Real value{};
+  with_any_storage(dtype, [&](auto type) {
+    value = static_cast<Real>(type.load(static_cast<const typename decltype(type)::Storage*>(from)[offset]));
+  });
+  return value;
+}
+
+template <class Real>
+SSLK_INLINE void write_rounded(const EmaTensor& tensor, const EmaJob& job, int64_t position, int64_t at, Real value) {
+  const Dtype dtype = tensor.teacher_dtype;
+  if (!job.stochastic || (dtype != Dtype::kBFloat16 && dtype != Dtype::kFloat16))
+    return write(dtype, tensor.teacher, at, value);
+  const uint16_t random = random_bits(tensor, job, tensor.first + element_at(tensor, position));
+  const float x = static_cast<float>(value);
+  static_cast<uint16_t*>(tensor.teacher)[at] =
+      dtype == Dtype::kBFloat16 ? round_stochastically(Bf16{}, x, random) : round_stochastically(Fp16{}, x, random);
+}
+
+template <class Real>
+void update_any(const EmaTensor& tensor, const EmaJob& job, int64_t begin, int64_t end) {
+  const Lerp<Real> lerp(job.weight);
+  const int64_t inner = tensor.sizes ? tensor.sizes[tensor.dims - 1] : tensor.count;
+  for (int64_t position = begin; position < end;) {
+    const EmaRun teacher(tensor, tensor.teacher_strides, position), student(tensor, tensor.student_strides, position);
+    const EmaRun copy(tensor, tensor.copy ? tensor.copy_strides : tensor.teacher_strides, position);
+    const int64_t run = min(end - position, inner - position % inner);
+    for (int64_t i = 0; i < run; i++) {
+      Real value = read<Real>(tensor.teacher_dtype, tensor.teacher, teacher[i]);
+      if (job.weight != 0) {
+        value = lerp(value, read<Real>(tensor.student_dtype, tensor.student, student[i]));
+        write_rounded(tensor, job, position + i, teacher[i], value);
+      }
+      if (tensor.copy) static_cast<uint16_t*>(tensor.copy)[copy[i]] = to_bf16(static_cast<float>(value));
+    }
+    position += run;
+  }
+}
+
+// ---- the choice
+
+template <class Teacher>
+void update_dense_from(const EmaTensor& tensor, const EmaJob& job, int64_t begin, int64_t end) {
+  with_storage(tensor.student_dtype, [&](auto student) {
+    typedef decltype(student) Student;
+    if constexpr (sizeof(typename Teacher::Storage) == 2) {
+      if (job.stochastic) return update_dense_stochastically<Teacher, Student>(tensor, job, begin, end);
+    } else {
+      if (tensor.copy) return update_dense<float, Teacher, Student, true>(tensor, job, begin, end);
+    }
+    update_dense<float, Teacher, Student, false>(tensor, job, begin, end);
+  });
+}
+
+inline void update_ema(const EmaTensor& tensor, const EmaJob& job, int64_t begin, int64_t end) {
+  const bool is_double = tensor.teacher_dtype == Dtype::kFloat64 || tensor.student_dtype == Dtype::kFloat64;
+  const bool any = tensor.sizes || job.weight == 0 || (job.stochastic && tensor.channels > 1);
+  if (is_double && !any && tensor.teacher_dtype == tensor.student_dtype && !tensor.copy)
+    return update_dense<double, Fp64, Fp64, false>(tensor, job, begin, end);
+  if (is_double) return update_any<double>(tensor, job, begin, end);
+  if (any) return update_any<float>(tensor, job, begin, end);
+  with_storage(tensor.teacher_dtype, [&](auto teacher) {  //
+    update_dense_from<decltype(teacher)>(tensor, job, begin, end);
+  });
+}
+
+EmaKernel ema_kernel() { return {update_ema}; }
+
+}  // namespace sslkernels::SSLK_ISA

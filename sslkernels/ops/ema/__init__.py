@@ -1,0 +1,144 @@
+"""The exponential moving average of a momentum teacher, in one pass over all of its tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from sslkernels import _library
+from sslkernels.ops.ema import lists, reference
+from sslkernels.ops.ema import op as _op  # noqa: F401  registers the operator
+
+Tensors = Iterable[torch.Tensor] | nn.Module
+
+
+def ema_update_(
+    teacher: Tensors,
+    student: Tensors,
+    momentum: float | torch.Tensor,
+    *,
+    stochastic_rounding_seed: int | None = None,
+    step: int | torch.Tensor = 0,
+    first_elements: Sequence[int] | None = None,
+    found_inf: torch.Tensor | None = None,
+    bf16_copy: Iterable[torch.Tensor] | None = None,
+    backend: str | None = None,
+) -> None:
+    r"""Moves every tensor of a teacher towards its student, in place and in one pass over all of them.
+
+    .. math:: t \leftarrow t + (1 - m) (s - t)
+
+    Equivalent PyTorch::
+
+        for t, s in zip(teacher, student):
+            t.lerp_(s.to(t.dtype), 1 - momentum)
+
+    A teacher equal to its student stays as it is, bit for bit. Momentum 1 leaves the teacher alone, even where the
+    student is NaN; momentum 0 copies the student.
+
+    Args:
+        teacher: tensors of any shape, strides and floating-point or complex dtype, or a module, whose parameters are
+            taken. A tensor that is listed twice, with one student, is updated once. No two may share memory otherwise.
+        student: as many tensors, each of its teacher's shape and device, of any floating-point dtype (complex where the
+            teacher is), or a module whose parameters have the names of the teacher's.
+        momentum: a float in [0, 1], or a floating-point tensor of one element, which is read on its device.
+        stochastic_rounding_seed: a 64-bit integer: teachers in bfloat16 or float16 are then rounded up or down at
+            random, so that on the average they move as float32 would, instead of standing still once a step is smaller
+            than half a unit in the last place. The random bits are a pure function of the seed, ``step``, the tensor's
+            index in the list and the element's row-major index: the same on every backend, device and process.
+        step: counts the updates, for stochastic rounding; an int, or an int64 tensor of one element.
+        first_elements: for each teacher that is part of a larger tensor, the row-major index of its first element
+            there; for stochastic rounding only. None: zeros.
+        found_inf: a float32 tensor of one element, as gradient scalers keep it: unless it is 0 the teacher stays as it
+            is. Read on its device.
+        bf16_copy: one bfloat16 tensor in the shape of each (float32) teacher. Receives the new teacher in the same
+            pass, also where the teacher stays as it is.
+        backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "cuda", "triton", "reference".
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it. Nothing has been written then.
+        RuntimeError: ``backend`` is not available here.
+
+    Computes in float32, or float64 where teacher or student is float64. Gradients do not flow; the version counters of
+    what is written are raised, so that autograd notices. Random numbers are those of Philox4x32-10.
+
+    Source: Tarvainen and Valpola, Mean teachers are better role models (2017), equation 2.
+
+    Cost: reads both and writes the teacher once: 12 bytes an element in float32. No extra memory.
+    """
+    targets, sources = lists.pairs(teacher, student)
+    copies = None if bf16_copy is None else lists.listed("bf16_copy", bf16_copy)
+    lists.check_momentum(momentum)
+    lists.check_rounding(stochastic_rounding_seed, step)
+    lists.check_found_inf(found_inf)
+    seed = None if stochastic_rounding_seed is None else stochastic_rounding_seed & lists.WORD
+    plain = found_inf is None and first_elements is None and backend is None
+    if plain and _direct(targets, sources, momentum, copies, seed, step):
+        return
+    parts = lists.parts(targets, sources, copies, first_elements)
+    still = isinstance(momentum, (int, float)) and momentum == 1
+    if still and copies is None:
+        return
+    with torch.no_grad():
+        for device, part in parts.items():
+            _check_backend(backend, device.type)
+            run = reference.ema_update_op_ if backend == "reference" else torch.ops.sslkernels.ema_update_
+            run(part.teacher, part.student, *_options(device, part, momentum, found_inf, seed, step))
+            if not torch.compiler.is_compiling():
+                torch.autograd.graph.increment_version([*([] if still else part.teacher), *part.bf16_copy])
+
+
+@functools.cache
+def _plain_cpu_lists():
+    """The extension's way past the dispatcher, or None: a thousand tensors cost that more than the arithmetic does."""
+    direct = _library.extension and _library.extension.EmaDirect(torch.Tensor, nn.Parameter)
+    return direct if direct and direct.available else None
+
+
+def _direct(teacher, student, momentum, bf16_copy, seed, step) -> bool:
+    """Update plain CPU tensors past the dispatcher; False, with nothing written, where the arguments are not such.
+
+    It checks tensors as strictly as `lists.parts` but leaves the errors to it.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if isinstance(momentum, torch.Tensor) or isinstance(step, torch.Tensor):
+        return False
+    direct = _plain_cpu_lists()
+    if direct is None or len(set(map(id, teacher))) < len(teacher):
+        return False
+    if not direct.update(teacher, student, momentum, bf16_copy, seed, step & reference.WORD):
+        return False
+    torch.autograd.graph.increment_version([*(teacher if momentum != 1 else []), *(bf16_copy or [])])
+    return True
+
+
+def _options(device, part, momentum, found_inf, seed, step) -> tuple:
+    """The operator's other arguments, numbers as tensors on the device."""
+    if isinstance(momentum, torch.Tensor):
+        weight = momentum.detach().reshape(()).to(device, torch.float64)
+    else:
+        weight = torch.full((), momentum, dtype=torch.float64, device=device)
+    if found_inf is not None:
+        found_inf = found_inf.detach().reshape(()).to(device, torch.float32)
+    if seed is None:
+        return weight, found_inf, part.bf16_copy, None, None, []
+    if isinstance(step, torch.Tensor):
+        step = step.detach().reshape(()).to(device)
+    else:
+        step = torch.full((), step & reference.WORD, dtype=torch.int64, device=device)
+    return weight, found_inf, part.bf16_copy, seed - (seed >> 63 << 64), step, part.keys
+
+
+def _check_backend(backend: str | None, device: str) -> None:
+    if backend in (None, "reference"):
+        return
+    available = _library.backends()[lists.NAME].get(device)
+    if available is None or backend != available.active:
+        reason = available.absent.get(backend) if available else None
+        raise RuntimeError(
+            f"{lists.NAME}: backend {backend!r} is not available on {device}: {reason or 'there is none of that name'}"
+        )

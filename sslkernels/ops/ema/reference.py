@@ -1,0 +1,103 @@
+"""The exponential moving average in pure PyTorch: the definition that every kernel is checked against."""
+
+from __future__ import annotations
+
+import torch
+
+# Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011)
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+PHILOX_ROUNDS = 10
+PHILOX_STREAM = 1  # the last counter word of this op: no other op draws the same numbers
+WORD = 0xFFFFFFFF
+
+
+def ema_update_(teacher, student, momentum, *, bf16_copy=None, **_):
+    """The update as a user would write it in PyTorch, tensor by tensor; a float momentum."""
+    for index, (target, source) in enumerate(zip(teacher, student, strict=True)):
+        target.lerp_(source.to(target.dtype), 1 - momentum)
+        if bf16_copy is not None:
+            bf16_copy[index].copy_(target)
+
+
+def ema_update_op_(teacher, student, momentum, found_inf, bf16_copy, seed, step, keys):
+    """Default kernel of ``sslkernels::ema_update_``, for every device; computes in fp32, or fp64 where that is given.
+
+    ``keys`` holds the index of each tensor and the index of its first element, for stochastic rounding.
+    """
+    weight = (1 - momentum).double()
+    if found_inf is not None:
+        weight = torch.where(found_inf.reshape(()) == 0, weight, 0)
+    for index, (target, source) in enumerate(zip(teacher, student, strict=True)):
+        real, other = _as_real(target), _as_real(source)
+        compute = torch.promote_types(torch.promote_types(real.dtype, other.dtype), torch.float32)
+        value = lerp(real.to(compute), other.to(compute), weight.to(compute))
+        if seed is not None:
+            value = round_stochastically(value, real.dtype, seed, int(step), keys[2 * index], keys[2 * index + 1])
+        real.copy_(torch.where(weight == 0, real, value))
+        if bf16_copy:
+            bf16_copy[index].copy_(target)
+
+
+def _as_real(tensor):
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def lerp(start, end, weight):
+    """``start`` at weight 0 and ``end`` at weight 1, bit for bit; between them the two forms of ``torch.lerp``.
+
+    Rounded twice, as all kernels do: the difference, and a fused multiply-add, whose exact product float64 holds.
+    """
+    difference = (end - start).double()
+    near_start = start.double() + difference * weight
+    near_end = end.double() - difference * (1 - weight)
+    return torch.where(weight == 1, end, torch.where(weight < 0.5, near_start, near_end).to(start.dtype))
+
+
+def philox(counter, key):
+    """Four 32-bit random words, as int64, for counters of four broadcastable int64 words and a key of two integers."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    k0, k1 = key
+    for _ in range(PHILOX_ROUNDS):
+        high0, low0 = _multiply_wide(c0, PHILOX_MULTIPLIERS[0])
+        high1, low1 = _multiply_wide(c2, PHILOX_MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + PHILOX_KEY_STEPS[0]) & WORD, (k1 + PHILOX_KEY_STEPS[1]) & WORD
+    return c0, c1, c2, c3
+
+
+def _multiply_wide(word, multiplier: int):
+    """High and low 32 bits of a product of 32-bit numbers, whose 64 bits int64 cannot hold."""
+    upper = (word >> 16) * multiplier
+    lower = (word & 0xFFFF) * multiplier + ((upper & 0xFFFF) << 16)
+    return ((upper >> 16) + (lower >> 32)) & WORD, lower & WORD
+
+
+def random_16_bits(shape, device, seed: int, step: int, tensor: int, first: int):
+    """16 random bits for each element: eight elements, in row-major order from ``first`` on, share a Philox counter."""
+    count = 1
+    for size in shape:
+        count *= size
+    element = torch.arange(first, first + count, device=device)
+    words = philox((element >> 3, tensor, step & WORD, PHILOX_STREAM), (seed & WORD, seed >> 32 & WORD))
+    word = torch.stack(words, 1)[torch.arange(count, device=device), element >> 1 & 3] if count else element
+    return (word >> ((element & 1) << 4) & 0xFFFF).view(shape)
+
+
+def round_stochastically(value, dtype, seed: int, step: int, tensor: int, first: int):
+    """``value``, in fp32, in bfloat16 or float16: the neighbour above or below at random, the value being the mean."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return value.to(dtype)
+    random = random_16_bits(value.shape, value.device, seed, step, tensor, first)
+    value = value.float()
+    bits = value.contiguous().view(torch.int32).long() & WORD
+    sign, magnitude = bits & 0x80000000, bits & 0x7FFFFFFF
+    if dtype == torch.bfloat16:
+        rounded = magnitude + random & 0x7FFF0000
+    else:
+        # below the normal numbers of float16 the distance of neighbours is 2^-24 throughout
+        small = (magnitude.int().view(torch.float32).clamp(max=2.0**-14) * 2.0**40).long() + random >> 16
+        small = (small.float() * 2.0**-24).view(torch.int32).long()
+        rounded = torch.where(magnitude < 0x38800000, small, magnitude + (random >> 3) & 0x7FFFE000)
+    rounded = (rounded | sign) - ((rounded | sign) >> 31 << 32)  # back into the range of int32
+    return torch.where(value.isfinite(), rounded.int().view(torch.float32), value).to(dtype)
