@@ -8,7 +8,7 @@ EXTRAS = train,test,lint
 
 VENV_PYTHON = .venv/bin/python
 PIP = $(VENV_PYTHON) -m pip --disable-pip-version-check
-CPP = $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/cpp/*.*)
+CPP = $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/cpp/*.* $(addprefix tests/cuda_on_cpu/*.,h cuh cpp))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test bench lint format sanitize triton-report wheel build clean

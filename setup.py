@@ -7,6 +7,7 @@ csrc/cuda/*.cu                    where nvcc is found, whatever build of torch i
 Every source sees ``SSLKERNELS_HAVE_<ISA>`` (``SSLKERNELS_HAVE_AVX2``, ...) for each instruction set that is built.
 
     python setup.py build_ext --inplace     the extension, in the source tree
+    python setup.py cuda_on_cpu             the CUDA kernels for the CPU, as a module that the tests import
     python setup.py sanitize                the C++ tests under AddressSanitizer + UBSan and under ThreadSanitizer
 
 Environment: CXX, CXXFLAGS, CUDA_HOME, MAX_JOBS, and SSLKERNELS_WERROR=1 to make every warning an error.
@@ -30,10 +31,11 @@ import pybind11
 from ninja import ninja_syntax
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")  # ninja runs in ROOT, so that no source is named by an absolute path
+CUDA_ON_CPU = Path("tests/cuda_on_cpu")
 BUILD = Path("build")
 
 STANDARD = ["-std=c++17", "-ffp-contract=fast", "-Wall", "-Wextra"]
@@ -181,11 +183,10 @@ class BuildExtension(build_ext):
         includes = [torch / "include", pybind11.get_include(), sysconfig.get_path("include")]
         headers = [word for path in includes for word in ("-isystem", path)]
         common = [*macros, TORCH_TARGET, f"-I{CSRC}", *headers]
-        werror = ["-Werror"] if WERROR else []
         user = shlex.split(os.environ.get("CXXFLAGS", ""))
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
         rules = {
-            "cxx": compile_rule([*cxx, *STANDARD, *OPTIMIZED, *werror, *common, *user]),
+            "cxx": compile_rule([*cxx, *STANDARD, *OPTIMIZED, *werror_flags(), *common, *user]),
             "link": link_rule([*cxx, "-shared", "-Wl,--exclude-libs,ALL"], libraries),
         }
         directory = BUILD / f"ext-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -225,8 +226,70 @@ class BuildExtension(build_ext):
         return [ninja.compile("nvcc", source) for source in sources]
 
 
+def sanitizer_flags(name: str) -> list[str]:
+    flags = [f"-fsanitize={','.join(SANITIZERS[name])}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    return ["-O1", "-g", "-pthread", *flags]
+
+
+def werror_flags() -> list[str]:
+    return ["-Werror"] if WERROR else []
+
+
+def cuda_on_cpu_compiler(cxx: list[str]) -> list[str]:
+    # nvcc takes one type's memory for another's without harm
+    return [*cxx, *STANDARD, *werror_flags(), "-fno-strict-aliasing", f"-I{CSRC}", f"-I{CUDA_ON_CPU}"]
+
+
+def build_cuda_on_cpu_programs(cxx: list[str], sanitizer: str) -> list[str]:
+    """Every tests/cuda_on_cpu/*_test.cpp under a sanitizer."""
+    compiler = [*cuda_on_cpu_compiler(cxx), *sanitizer_flags(sanitizer)]
+    rules = {"cxx": compile_rule(compiler), "link": link_rule(compiler, [])}
+    ninja = NinjaBuild(BUILD / f"cuda_on_cpu-{sanitizer}", rules)
+    tests = sorted(path.relative_to(ROOT) for path in (ROOT / CUDA_ON_CPU).glob("*_test.cpp"))
+    programs = [ninja.add("link", test.stem, [ninja.compile("cxx", test)]) for test in tests]
+    ninja.run()
+    return programs
+
+
+class CudaOnCpu(Command):
+    """Builds the CUDA kernels for the CPU: the tests' Python module, or their programs under a sanitizer."""
+
+    description = "build the CUDA kernels for the CPU, for the tests"
+    user_options: ClassVar[list[tuple]] = [("sanitizer=", None, "build the test programs under 'address' or 'thread'")]
+
+    def initialize_options(self) -> None:
+        self.sanitizer = None
+
+    def finalize_options(self) -> None:
+        if self.sanitizer not in (None, *SANITIZERS):
+            raise OptionError(f"--sanitizer is one of {', '.join(SANITIZERS)}")
+
+    def run(self) -> None:
+        cxx = find_cxx()
+        if cxx is None:
+            raise CompileError("the CUDA kernels are compiled for the CPU by a C++ compiler, and there is none")
+        if self.sanitizer:
+            build_cuda_on_cpu_programs(cxx, self.sanitizer)
+            return
+        headers = [word for path in (pybind11.get_include(), sysconfig.get_path("include")) for word in ("-isystem", path)]
+        compiler = [*cuda_on_cpu_compiler(cxx), "-O1", "-g1", "-fPIC", "-fvisibility=hidden", *headers]
+        rules = {"cxx": compile_rule(compiler), "link": link_rule([*cxx, "-shared"], [])}
+        ninja = NinjaBuild(BUILD / "cuda_on_cpu", rules)
+        # checked, but without UBSan's runtime: ubsan_handlers.cpp turns a violation into an exception
+        checks = ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
+        objects = [
+            ninja.compile("cxx", CUDA_ON_CPU / "bindings.cpp", checks),
+            ninja.compile("cxx", CUDA_ON_CPU / "ubsan_handlers.cpp"),
+        ]
+        ninja.add("link", "cuda_on_cpu_kernels.so", objects)
+        ninja.run()
+
+
 class Sanitize(Command):
-    """Builds and runs every tests/cpp/*.cpp with the kernels, without torch, under each set of sanitizers."""
+    """Builds and runs every tests/cpp/*.cpp with the kernels, without torch, under each set of sanitizers.
+
+    And the programs that run CUDA kernels on the CPU.
+    """
 
     description = "run the C++ tests under AddressSanitizer + UBSan and under ThreadSanitizer"
     user_options: ClassVar[list[tuple]] = []
@@ -241,7 +304,9 @@ class Sanitize(Command):
         cxx = find_cxx()
         if cxx is None:
             raise CompileError("make sanitize needs a C++ compiler with the sanitizers' libraries")
-        programs = [program for name in SANITIZERS for program in self.build(cxx, name)]
+        programs = [
+            program for name in SANITIZERS for program in [*self.build(cxx, name), *build_cuda_on_cpu_programs(cxx, name)]
+        ]
         for program in programs:
             # ThreadSanitizer's shadow memory wants the addresses that randomisation may take
             fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
@@ -253,9 +318,7 @@ class Sanitize(Command):
 
     def build(self, cxx: list[str], name: str) -> list[str]:
         isas, macros = isa_sources(cxx, self.warn)
-        sanitize = [f"-fsanitize={','.join(SANITIZERS[name])}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-        werror = ["-Werror"] if WERROR else []
-        compiler = [*cxx, *STANDARD, "-O1", "-g", "-pthread", *werror, *sanitize, *macros, f"-I{CSRC}"]
+        compiler = [*cxx, *STANDARD, *werror_flags(), *sanitizer_flags(name), *macros, f"-I{CSRC}"]
         ninja = NinjaBuild(BUILD / f"sanitize-{name}", {"cxx": compile_rule(compiler), "link": link_rule(compiler, [])})
         kernels = [ninja.compile("cxx", source, flags) for source, flags in isas.items()]
         kernels.append(ninja.compile("cxx", CSRC / "cpu/isa.cpp"))
@@ -269,5 +332,5 @@ class Sanitize(Command):
 
 setup(
     ext_modules=[Extension("sslkernels._C", sources=[])],
-    cmdclass={"build_ext": BuildExtension, "sanitize": Sanitize},
+    cmdclass={"build_ext": BuildExtension, "cuda_on_cpu": CudaOnCpu, "sanitize": Sanitize},
 )
