@@ -4,7 +4,6 @@
 #include <cstring>
 #include <exception>
 #include <map>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -79,12 +78,12 @@ struct Kernel {
 class Block;
 inline Block* current_block = nullptr;
 inline Thread* current_thread = nullptr;
-inline char launch_clock, fence_clock;
+inline char begin_clock, end_clock, fence_clock;  // see publish(): of the launch, and of all fences
 
 class Block {
  public:
   Block(const LaunchShape& shape, uint3 index, const Schedule& schedule, const Kernel& kernel,
-        std::vector<std::unique_ptr<Thread>>& pool)
+        std::vector<Thread*> threads)
       : shape(shape),
         index(index),
         memory(shape.dynamic_bytes),
@@ -93,20 +92,19 @@ class Block {
         kernel_(kernel),
         count_(shape.block.x * shape.block.y * shape.block.z),
         running_(count_),
-        warps_((count_ + kWarpSize - 1) / kWarpSize) {
+        warps_((count_ + kWarpSize - 1) / kWarpSize),
+        threads_(std::move(threads)) {
     schedule.arrange(warp_order_, warps_.size(), random_);
     if (schedule.shuffled())
       for (Warp& warp : warps_) warp.rotation = random_.below(kWarpSize);
-    while (pool.size() < count_) pool.push_back(std::make_unique<Thread>());
     for (unsigned i = 0; i < count_; i++) {
-      Thread& thread = *pool[i];
+      Thread& thread = *threads_[i];
       thread.index = {i % shape.block.x, i / shape.block.x % shape.block.y, i / shape.block.x / shape.block.y};
       thread.number = i, thread.lane = i % kWarpSize, thread.warp = &warps_[i / kWarpSize];
       thread.done = false, thread.waits_at = {};
       thread.copies.assign(1, {});
       thread.prepare(&Block::thread_main);
       set_ready(thread);
-      threads_.push_back(&thread);
     }
   }
 
@@ -118,11 +116,13 @@ class Block {
     current_block = this;
     current_thread = choose(nullptr);
     switch_stack(host_, *current_thread, false);
+    const std::string at = " (thread " + name(current_thread->index) + " of block " + name(index) + ")";
     current_block = nullptr;
     current_thread = nullptr;
-    if (!error_) return;
-    for (Thread* thread : threads_) thread->abandon();
-    std::rethrow_exception(error_);
+    if (!error_ && failure_.empty()) return;
+    for (Thread* thread : threads_) thread->abandon(&end_clock);
+    if (error_) std::rethrow_exception(error_);
+    throw std::runtime_error(failed_at_.text() + ": " + failure_ + at);
   }
 
   // __syncthreads, and the number of threads whose predicate holds.
@@ -176,18 +176,15 @@ class Block {
     if (other) hand_over(other);
   }
   void maybe_yield(const Where& where) {
+    Unwatched unwatched;
     if (schedule_.preempting() && random_.below(4) == 0) yield(where);
   }
 
   // Ends the block: the host gets the error, and no thread, nor this one, is resumed. It works where an exception
   // cannot pass, such as in a handler of UBSan.
-  [[noreturn]] void fail(const std::string& what, const Where& where) {
-    const Thread& me = *current_thread;
-    fail(std::make_exception_ptr(std::runtime_error(where.text() + ": " + what + " (thread " + name(me.index) +
-                                                    " of block " + name(index) + ")")));
-  }
-  [[noreturn]] void fail(std::exception_ptr error) {
-    error_ = error;
+  [[noreturn]] void fail(std::string what, const Where& where) {
+    failure_ = std::move(what);  // and nothing that would have to be freed is left on this stack
+    failed_at_ = where;
     switch_stack(*current_thread, host_, true);
     __builtin_unreachable();
   }
@@ -203,23 +200,24 @@ class Block {
     return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
   }
 
-  static void thread_main() {
-    {
-      Unwatched unwatched;
-      Context& host = current_block->host_;
-      arrived_on_new_stack(host.stack ? nullptr : &host);
-    }
-    observe(&launch_clock);
+  // Not instrumented: it never returns, and ThreadSanitizer would keep its frame from one run of the fiber to the next.
+  __attribute__((no_sanitize("thread"))) static void thread_main() {
+    arrived_on_new_stack(current_block->host_.stack ? nullptr : &current_block->host_);
+    run_kernel();
+    Context* me = current_thread;
+    Context* next = current_block->leave();
+    switch_stack(*me, *next, true);
+  }
+
+  __attribute__((noinline)) static void run_kernel() {
+    observe(&begin_clock);
     try {
       current_block->kernel_.call(current_block->kernel_.arguments);
     } catch (...) {
       Unwatched unwatched;
       current_block->error_ = std::current_exception();
     }
-    publish(&launch_clock);
-    Context* me = current_thread;
-    Context* next = current_block->leave();
-    switch_stack(*me, *next, true);
+    publish(&end_clock);
   }
 
   // The running thread is done: who goes on?
@@ -233,7 +231,7 @@ class Block {
     if (error_ || running_ == 0) return &host_;
     Thread* next = choose(&me);
     if (!next) {
-      error_ = deadlock();
+      set_deadlock();
       return &host_;
     }
     current_thread = next;
@@ -263,7 +261,10 @@ class Block {
     me.waits_at = where;
     me.warp->ready &= ~(1u << me.lane);
     Thread* next = choose(&me);
-    if (!next) fail(deadlock());
+    if (!next) {
+      set_deadlock();
+      fail(std::move(failure_), failed_at_);
+    }
     hand_over(next);
     me.waits_at = {};
   }
@@ -307,20 +308,18 @@ class Block {
 
   void set_ready(Thread& thread) { thread.warp->ready |= 1u << thread.lane; }
 
-  std::exception_ptr deadlock() const {
+  void set_deadlock() {
     std::map<std::string, std::pair<unsigned, const Thread*>> places;
-    unsigned waiting = 0;
     for (const Thread* thread : threads_) {
       if (thread->done) continue;
-      auto& place = places.emplace(thread->waits_at.text(), std::make_pair(0u, thread)).first->second;
-      place.first++, waiting++;
+      failed_at_ = thread->waits_at;
+      places.emplace(failed_at_.text(), std::make_pair(0u, thread)).first->second.first++;
     }
-    std::string text = "deadlock in block " + name(index) + ":";
+    failure_ = "deadlock:";
     for (const auto& [where, place] : places)
-      text += " " + std::to_string(place.first) + " threads wait at " + where + ", the first is thread " +
-              name(place.second->index) + ";";
-    text += " " + std::to_string(count_ - waiting) + " of " + std::to_string(count_) + " have left the kernel";
-    return std::make_exception_ptr(std::runtime_error(text));
+      failure_ += " " + std::to_string(place.first) + " threads wait at " + where + ", the first is " +
+                  name(place.second->index) + ";";
+    failure_ += " " + std::to_string(count_ - running_) + " of " + std::to_string(count_) + " have left the kernel";
   }
 
   const Schedule schedule_;
@@ -332,7 +331,9 @@ class Block {
   std::vector<Thread*> threads_;
   uint32_t warp_order_[kMaxThreads / kWarpSize];
   Context host_;
-  std::exception_ptr error_;
+  std::exception_ptr error_;  // what a thread has thrown
+  std::string failure_;       // what the harness has found
+  Where failed_at_;
   int64_t idle_ = 0;  // yields since something else has happened
 
   unsigned barrier_arrived_ = 0, barrier_turn_ = 0, barrier_count_[2] = {};

@@ -34,8 +34,8 @@
 #endif
 #if defined(CUDA_ON_CPU_TSAN)
 #include <sanitizer/tsan_interface.h>
-extern "C" void AnnotateIgnoreReadsAndWritesBegin(const char* file, int line);
-extern "C" void AnnotateIgnoreReadsAndWritesEnd(const char* file, int line);
+extern "C" void __tsan_ignore_thread_begin();  // exported, though no header declares them
+extern "C" void __tsan_ignore_thread_end();
 #endif
 
 namespace cuda_on_cpu {
@@ -43,8 +43,8 @@ namespace cuda_on_cpu {
 // While one lives, what this thread does is the harness's own business: ThreadSanitizer looks away.
 struct Unwatched {
 #if defined(CUDA_ON_CPU_TSAN)
-  Unwatched() { AnnotateIgnoreReadsAndWritesBegin(__FILE__, __LINE__); }
-  ~Unwatched() { AnnotateIgnoreReadsAndWritesEnd(__FILE__, __LINE__); }
+  Unwatched() { __tsan_ignore_thread_begin(); }
+  ~Unwatched() { __tsan_ignore_thread_end(); }
 #else
   Unwatched() {}
 #endif
@@ -107,21 +107,26 @@ __attribute__((noinline, no_sanitize("thread"))) inline void switch_stack(Contex
 }
 
 // A stack with a function waiting on it. Its pages are mapped when touched, the lowest never: running out of stack
-// crashes instead of writing into a neighbour.
+// crashes instead of writing into a neighbour. It is there for as long as the process lives.
 class Fiber : public Context {
  public:
-  Fiber() = default;
+  Fiber() {
+    const size_t page = sysconf(_SC_PAGESIZE);
+    void* memory = mmap(nullptr, page + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    mprotect(memory, page, PROT_NONE);
+    stack = static_cast<char*>(memory) + page;
+    stack_bytes = kStackBytes;
+  }
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
-  ~Fiber() { release(); }
 
   // The next switch to this fiber calls entry(), which must not return. What a former run left on the stack is gone.
   void prepare(void (*entry)()) {
 #if defined(CUDA_ON_CPU_TSAN)
-    release();  // to ThreadSanitizer each run is a new thread, on memory that no other has touched
-    tsan_fiber = __tsan_create_fiber(0);
+    if (!tsan_fiber) tsan_fiber = __tsan_create_fiber(0);
 #endif
-    if (!stack) map();
 #if defined(CUDA_ON_CPU_ASAN)
     __asan_unpoison_memory_region(stack, stack_bytes);
     fake_stack = nullptr;
@@ -141,32 +146,19 @@ class Fiber : public Context {
 #endif
   }
 
-  // It has been left in the middle of a function and will not be resumed.
-  void abandon() { tsan_fiber = nullptr; }  // ThreadSanitizer would take destroying it for a mistake
-
- private:
-  static constexpr size_t kStackBytes = 256 << 10;
-
-  void map() {
-    const size_t page = sysconf(_SC_PAGESIZE);
-    void* memory = mmap(nullptr, page + kStackBytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    mprotect(memory, page, PROT_NONE);
-    stack = static_cast<char*>(memory) + page;
-    stack_bytes = kStackBytes;
-  }
-
-  void release() {
-    if (stack) munmap(static_cast<char*>(const_cast<void*>(stack)) - sysconf(_SC_PAGESIZE), mapped_bytes());
-    stack = nullptr;
+  // It has been left in the middle of a function and will not be resumed. What it did is published at `clock`.
+  __attribute__((noinline, no_sanitize("thread"))) void abandon([[maybe_unused]] void* clock) {
 #if defined(CUDA_ON_CPU_TSAN)
-    if (tsan_fiber) __tsan_destroy_fiber(tsan_fiber);
-    tsan_fiber = nullptr;
+    void* me = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(tsan_fiber, __tsan_switch_to_fiber_no_sync);
+    __tsan_release(clock);
+    __tsan_switch_to_fiber(me, __tsan_switch_to_fiber_no_sync);
+    tsan_fiber = nullptr;  // not destroyed: ThreadSanitizer would ask why it still looks away
 #endif
   }
 
-  size_t mapped_bytes() const { return stack_bytes + sysconf(_SC_PAGESIZE); }
+ private:
+  static constexpr size_t kStackBytes = 256 << 10;
 };
 
 // First thing on a fiber's stack. `left` is where we came from; AddressSanitizer alone knows the host's stack.

@@ -4,7 +4,6 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -49,15 +48,37 @@ inline void check_launch(const LaunchShape& shape, const void* kernel) {
       std::to_string(dynamic_bytes) + " bytes of dynamic shared memory; above 48 KiB cudaFuncSetAttribute comes first");
 }
 
+// The fibers of a launch. Blocks may share theirs, but not under ThreadSanitizer, which sees no race between two blocks
+// whose threads are the same to it; it has a limit, though.
+class ThreadPool {
+ public:
+  std::vector<Thread*> take(unsigned n) {
+#if defined(CUDA_ON_CPU_TSAN)
+    constexpr size_t kMaxFibers = 6000;
+    if (next_ + n > kMaxFibers) next_ = 0;
+#else
+    next_ = 0;
+#endif
+    static auto& all = *new std::vector<Thread*>;
+    while (all.size() < next_ + n) all.push_back(new Thread);
+    next_ += n;
+    return {all.begin() + (next_ - n), all.begin() + next_};
+  }
+
+ private:
+  size_t next_ = 0;
+};
+
 inline void run_blocks(const LaunchShape& shape, const Kernel& kernel) {
-  static std::vector<std::unique_ptr<Thread>> pool;
   const uint64_t plane = uint64_t{shape.grid.x} * shape.grid.y, blocks = plane * shape.grid.z;
   std::vector<uint32_t> order(blocks);
   Random random = schedule.random(~uint64_t{0});
   schedule.arrange(order.data(), static_cast<uint32_t>(blocks), random);
+  ThreadPool pool;
   for (const uint32_t b : order) {
     const uint3 index = {b % shape.grid.x, b / shape.grid.x % shape.grid.y, static_cast<unsigned>(b / plane)};
-    std::make_unique<Block>(shape, index, schedule, kernel, pool)->run();
+    std::vector<Thread*> threads = pool.take(shape.block.x * shape.block.y * shape.block.z);
+    std::make_unique<Block>(shape, index, schedule, kernel, std::move(threads))->run();
   }
 }
 
@@ -74,12 +95,12 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t dynamic
     const auto& [function, values] = *static_cast<decltype(&call)>(p);
     std::apply(function, std::tuple<Parameters...>(values));
   };
-  publish(&launch_clock);
-  {
-    Unwatched unwatched;
-    run_blocks(shape, {apply, &call});
-  }
-  observe(&launch_clock);
+  const struct AfterTheHostAndBeforeIt {
+    AfterTheHostAndBeforeIt() { publish(&begin_clock); }
+    ~AfterTheHostAndBeforeIt() { observe(&end_clock); }
+  } ordered;
+  const Unwatched unwatched;
+  run_blocks(shape, {apply, &call});
 }
 
 }  // namespace cuda_on_cpu
