@@ -271,7 +271,9 @@ class CudaOnCpu(Command):
         if self.sanitizer:
             build_cuda_on_cpu_programs(cxx, self.sanitizer)
             return
-        headers = [word for path in (pybind11.get_include(), sysconfig.get_path("include")) for word in ("-isystem", path)]
+        headers = [
+            word for path in (pybind11.get_include(), sysconfig.get_path("include")) for word in ("-isystem", path)
+        ]
         compiler = [*cuda_on_cpu_compiler(cxx), "-O1", "-g1", "-fPIC", "-fvisibility=hidden", *headers]
         rules = {"cxx": compile_rule(compiler), "link": link_rule([*cxx, "-shared"], [])}
         ninja = NinjaBuild(BUILD / "cuda_on_cpu", rules)
@@ -305,7 +307,9 @@ class Sanitize(Command):
         if cxx is None:
             raise CompileError("make sanitize needs a C++ compiler with the sanitizers' libraries")
         programs = [
-            program for name in SANITIZERS for program in [*self.build(cxx, name), *build_cuda_on_cpu_programs(cxx, name)]
+            program
+            for name in SANITIZERS
+            for program in [*self.build(cxx, name), *build_cuda_on_cpu_programs(cxx, name)]
         ]
         for program in programs:
             # ThreadSanitizer's shadow memory wants the addresses that randomisation may take

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ def build(sanitizer: str = "") -> Path:
     if result.returncode:
         raise RuntimeError(f"building tests/cuda_on_cpu failed:\n{result.stdout}")
     if sanitizer:
-        return ROOT / f"build/cuda_on_cpu-{sanitizer}/sanitize_test"
+        return ROOT / f"build/cuda_on_cpu-{sanitizer}/example_test"
     return ROOT / f"build/cuda_on_cpu/{NAME}.so"
 
 

@@ -43,12 +43,9 @@ void define_16_bits(py::module_& m, void (*convert)(const float*, T*, float*, in
   m.def("product", [](In<T> a, In<T> b, Out<float> c, int m, int n, int depth, Bug bug) {
     example::product<T>(a, b, c, m, n, depth, nullptr, bug);
   });
-  m.def("mma",
-        [](In<T> a, In<T> b, Out<float> c) { SSLK_LAUNCH(primitives::mma_kernel<T>, 1, 32, 0, nullptr, a, b, c); });
-  m.def(Tensor<T>::kName == std::string("bfloat16") ? "mma_registers_bf16" : "mma_registers_half",
-        [](In<uint32_t> a, In<uint32_t> b, Out<float> c) {
-          SSLK_LAUNCH(primitives::mma_registers_kernel<T>, 1, 32, 0, nullptr, a, b, c);
-        });
+  m.def("mma_registers", [](In<T> a, In<T> b, Out<float> c) {
+    SSLK_LAUNCH(primitives::mma_registers_kernel<T>, 1, 32, 0, nullptr, a, b, c);
+  });
   m.def("convert", [convert](In<float> x, Out<T> narrow, Out<float> back) {
     const int n = static_cast<int>(x.size);
     SSLK_LAUNCH(convert, (n + 255) / 256, 256, 0, nullptr, x, narrow, back, n);
@@ -58,6 +55,9 @@ void define_16_bits(py::module_& m, void (*convert)(const float*, T*, float*, in
 void define_primitives(py::module_& m) {
   m.attr("SHUFFLES") = primitives::kShuffles;
   m.def("shuffle", [](Out<int> out) { SSLK_LAUNCH(primitives::shuffle_kernel, 1, 32, 0, nullptr, out); });
+  m.def("order", [](Out<int> order, Out<int> next) {
+    SSLK_LAUNCH(primitives::order_kernel, 3, static_cast<unsigned>(order.size / 3), 0, nullptr, order, next);
+  });
   m.def("index", [](Out<int> out, std::array<unsigned, 3> grid, std::array<unsigned, 3> block) {
     SSLK_LAUNCH(primitives::index_kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), 0,
                 nullptr, out);

@@ -94,39 +94,22 @@ __global__ void index_kernel(int* out) {
   out[block * blockDim.x * blockDim.y * blockDim.z + thread] += 1;
 }
 
-// c += a b with a (16, 16), b (16, 8) and c (16, 8) stored by rows.
+// One product of registers as they are: a (32, 8), b (32, 4) and c (32, 4) hold what each lane holds.
 template <class T>
-__global__ void mma_kernel(const T* a, const T* b, float* c) {
-  const int lane = threadIdx.x, group = lane / 4, pair = lane % 4;
-  uint32_t left[4], right[2];
-  const auto word = [](const T* low, const T* high) {
-    return *reinterpret_cast<const uint16_t*>(low) | static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(high))
-                                                         << 16;
-  };
-  for (int r = 0; r < 4; r++) {
-    const T* at = a + (group + 8 * (r % 2)) * 16 + 2 * pair + 8 * (r / 2);
-    left[r] = word(at, at + 1);
-  }
-  for (int r = 0; r < 2; r++) {
-    const T* at = b + (2 * pair + 8 * r) * 8 + group;
-    right[r] = word(at, at + 8);
-  }
-  float sum[4];
-  for (int r = 0; r < 4; r++) sum[r] = c[(group + 8 * (r / 2)) * 8 + 2 * pair + r % 2];
-  mma_m16n8k16<T>(sum, left, right);
-  for (int r = 0; r < 4; r++) c[(group + 8 * (r / 2)) * 8 + 2 * pair + r % 2] = sum[r];
-}
-
-// The registers of one product as they are, for a check of who holds what: a (32, 4), b (32, 2), c (32, 4).
-template <class T>
-__global__ void mma_registers_kernel(const uint32_t* a, const uint32_t* b, float* c) {
+__global__ void mma_registers_kernel(const T* a, const T* b, float* c) {
   const int lane = threadIdx.x;
   uint32_t left[4], right[2];
   float sum[4] = {0, 0, 0, 0};
-  for (int r = 0; r < 4; r++) left[r] = a[lane * 4 + r];
-  for (int r = 0; r < 2; r++) right[r] = b[lane * 2 + r];
+  for (int r = 0; r < 4; r++) left[r] = reinterpret_cast<const uint32_t*>(a)[lane * 4 + r];
+  for (int r = 0; r < 2; r++) right[r] = reinterpret_cast<const uint32_t*>(b)[lane * 2 + r];
   mma_m16n8k16<T>(sum, left, right);
   for (int r = 0; r < 4; r++) c[lane * 4 + r] = sum[r];
+}
+
+// The threads in the order in which they come out of a barrier.
+__global__ void order_kernel(int* order, int* next) {
+  __syncthreads();
+  order[atomicAdd(next, 1)] = blockIdx.x * blockDim.x + threadIdx.x;
 }
 
 __global__ void bf16_kernel(const float* x, __nv_bfloat16* narrow, float* back, int n) {
