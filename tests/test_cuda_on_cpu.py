@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import cuda_on_cpu
@@ -86,6 +86,17 @@ def test_no_two_schedules_are_the_same_and_each_is_repeatable():
     # the blocks, the warps of a block and the lanes of a warp: none of them comes in the same place under all schedules
     for unit in (64, 32, 1):
         assert all(len({threads[i] // unit for threads in orders}) > 1 for i in (0, 64, 128))
+    # warps take turns under some schedules and run for as long as they can under the others
+    changes = [sum(a // 32 != b // 32 for a, b in pairwise(threads)) for threads in orders]
+    assert [count > 5 for count in changes] == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_spinning_threads_let_the_holder_of_a_lock_go_on(schedule):
+    lock, count, spins = torch.zeros(3, 1, dtype=torch.int32)
+    kernels(schedule).lock(lock, count, spins)
+    assert count == 2 * 64
+    assert (spins > 0) == (schedule >= 6), "a thread that has the lock is interrupted under the last schedules only"
 
 
 # ---- bugs that the module finds

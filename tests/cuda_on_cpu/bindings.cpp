@@ -58,6 +58,9 @@ void define_primitives(py::module_& m) {
   m.def("order", [](Out<int> order, Out<int> next) {
     SSLK_LAUNCH(primitives::order_kernel, 3, static_cast<unsigned>(order.size / 3), 0, nullptr, order, next);
   });
+  m.def("lock", [](Out<int> lock, Out<int> count, Out<int> spins) {
+    SSLK_LAUNCH(primitives::lock_kernel, 2, 64, 0, nullptr, lock, count, spins);
+  });
   m.def("index", [](Out<int> out, std::array<unsigned, 3> grid, std::array<unsigned, 3> block) {
     SSLK_LAUNCH(primitives::index_kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), 0,
                 nullptr, out);

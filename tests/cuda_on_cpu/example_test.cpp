@@ -1,5 +1,7 @@
 // The example kernels and the primitives under every schedule, for the sanitizers. With the name of a bug (see Bug in
 // example.cuh) and a schedule: that bug alone, for the tests to see it found. Exit status 1 and a line per failure.
+#include "example.cuh"
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,7 +10,6 @@
 #include <string>
 #include <vector>
 
-#include "example.cuh"
 #include "primitives.cuh"
 
 using namespace sslkernels;
@@ -75,8 +76,8 @@ void check_sum4(Bug bug, int n) {
 }
 
 void check_primitives() {
-  int lock = 0, count = 0;
-  SSLK_LAUNCH(primitives::lock_kernel, 3, 64, 0, nullptr, &lock, &count);
+  int lock = 0, count = 0, spins = 0;
+  SSLK_LAUNCH(primitives::lock_kernel, 3, 64, 0, nullptr, &lock, &count, &spins);
   expect(count == 3 * 64, "count behind a lock");
 
   std::vector<float> parts(5);

@@ -59,11 +59,14 @@ __global__ void atomic_kernel(int* integers, unsigned* word, unsigned long long*
   atomicAdd(sum, 0.5f);
 }
 
-// A lock that threads of one warp spin for, and a counter that is not atomic behind it.
-__global__ void lock_kernel(int* lock, int* count) {
+// A lock that threads of one warp spin for, and a counter behind it that is not atomic.
+__global__ void lock_kernel(int* lock, int* count, int* spins) {
   bool done = false;
   while (!done) {
-    if (atomicCAS(lock, 0, 1) != 0) continue;
+    if (atomicCAS(lock, 0, 1) != 0) {
+      atomicAdd(spins, 1);
+      continue;
+    }
     __threadfence();
     *count += 1;
     __threadfence();
