@@ -305,6 +305,28 @@ def test_fragments_lie_as_triton_lays_them_out(schedule, dtype):
     torch.testing.assert_close(c, a.double() @ b.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", [0, 5])
+@pytest.mark.parametrize(
+    "kind, why, threads",
+    [
+        (0, "the mask lacks the lane that calls", 32),
+        (1, "lanes of one warp meet with masks that overlap but differ", 32),
+        (2, "the width is no power of two", 32),
+        (2, "the width is no power of two", 20),
+        (3, r"lanes of one mask meet in different places: \S*primitives\.cuh:\d+ and here", 32),
+        (3, "the mask has lanes that the block has not", 20),
+        (4, "cp.async of 16 bytes is misaligned", 32),
+        (5, "cp.async writes outside shared memory", 32),
+        (6, "misaligned atomic", 32),
+        (7, "threads spin for ever", 32),
+    ],
+)
+def test_misuse_of_an_intrinsic_is_an_error_with_its_place(schedule, kind, why, threads):
+    memory = torch.zeros(16, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=rf"primitives\.cuh:\d+: {why}.* \(thread \(\d+, 0, 0\) of block"):
+        kernels(schedule).misuse(memory, kind, threads)
+
+
 # ---- the host's side
 
 

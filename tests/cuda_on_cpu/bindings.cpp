@@ -2,6 +2,8 @@
 // a contiguous CPU tensor of that type, numbers come as they are.
 #include <pybind11/pybind11.h>
 
+#include <array>
+
 #include "example.cuh"
 #include "primitives.cuh"
 #include "tensor.h"
@@ -64,6 +66,9 @@ void define_primitives(py::module_& m) {
   m.def("index", [](Out<int> out, std::array<unsigned, 3> grid, std::array<unsigned, 3> block) {
     SSLK_LAUNCH(primitives::index_kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), 0,
                 nullptr, out);
+  });
+  m.def("misuse", [](Out<int> memory, int kind, int threads) {
+    SSLK_LAUNCH(primitives::misuse_kernel, 1, threads, 0, nullptr, memory, kind);
   });
   m.def("large", [](Out<float> out, int elements, bool ask) {
     const int bytes = elements * static_cast<int>(sizeof(float));

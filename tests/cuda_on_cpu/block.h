@@ -39,7 +39,7 @@ struct Warp;
 
 struct Thread : Fiber {
   uint3 index;
-  unsigned number, lane;  // in the block, in the warp
+  unsigned lane;
   Warp* warp;
   bool done;
   Where waits_at;
@@ -100,7 +100,7 @@ class Block {
     for (unsigned i = 0; i < count_; i++) {
       Thread& thread = *threads_[i];
       thread.index = {i % shape.block.x, i / shape.block.x % shape.block.y, i / shape.block.x / shape.block.y};
-      thread.number = i, thread.lane = i % kWarpSize, thread.warp = &warps_[i / kWarpSize];
+      thread.lane = i % kWarpSize, thread.warp = &warps_[i / kWarpSize];
       thread.done = false, thread.waits_at = {};
       thread.copies.assign(1, {});
       thread.prepare(&Block::thread_main);

@@ -103,6 +103,18 @@ void check_primitives() {
   expect(votes[0] == 0xaaaaaaaau && votes[4] == 32, "votes");
 }
 
+void check_intrinsics() {
+  expect(__umulhi(0xd2511f53u, 0x12345678u) == 0xef4b3b8u, "__umulhi");
+  expect(__mulhi(-1, 1) == -1 && __umul64hi(1ull << 63, 6) == 3, "__mulhi, __umul64hi");
+  expect(__popc(0xf0f0u) == 8 && __clz(1) == 31 && __clz(0) == 32 && __ffs(8) == 4 && __brev(1) == 1u << 31, "bits");
+  expect(__float_as_uint(1.f) == 0x3f800000u && __uint_as_float(0x40000000u) == 2, "bits of a float");
+  expect(rsqrtf(4.f) == 0.5f && __fdividef(3.f, 2.f) == 1.5f && __expf(0.f) == 1 && __logf(1.f) == 0, "arithmetic");
+  expect(__fmaf_rn(1 + 0x1p-12f, 1 - 0x1p-12f, -1.f) == -0x1p-24f, "__fmaf_rn rounds once");
+  expect(min(NAN, 1.f) == 1 && max(1.f, NAN) == 1 && min(2, -3) == -3 && max(2u, 3u) == 3, "min and max");
+  const float4 v = make_float4(1, 2, 3, 4);
+  expect(__ldg(&v).w == 4 && sizeof(v) == 16 && alignof(uint4) == 16 && alignof(float2) == 8, "vectors");
+}
+
 void check(Bug bug) {
   check_row_logsumexp(bug, 5, 100, 128);
   check_row_logsumexp(bug, 3, 77, 32);
@@ -123,6 +135,7 @@ int main(int argc, char** argv) {
       cuda_on_cpu::set_schedule(schedule);
       check(Bug::kNone);
       check_primitives();
+      check_intrinsics();
     }
     try {  // what an error leaves behind must not disturb the next launch
       check_row_logsumexp(Bug::kDivergentBarrier, 2, 100, 128);

@@ -128,6 +128,29 @@ __global__ void half_kernel(const float* x, __half* narrow, float* back, int n) 
   back[i] = __half2float(narrow[i]);
 }
 
+// What the harness refuses, a kind at a time; memory is aligned to 16 bytes.
+__global__ void misuse_kernel(int* memory, int kind) {
+  const int lane = threadIdx.x % 32;
+  SSLK_SHARED(int4, shared);
+  if (kind == 0) __syncwarp(0xfffffffeu);
+  if (kind == 1) __syncwarp(lane < 16 ? 0xffffffffu : 0xffff0000u);
+  if (kind == 2) __shfl_sync(0xffffffffu, lane, 0, 3);
+  if (kind == 3) {
+    if (lane < 16) {
+      __shfl_sync(0xffffffffu, lane, 0);
+    } else {
+      __shfl_sync(0xffffffffu, lane, 0);
+    }
+  }
+  if (kind == 4) cp_async16(&shared, memory + 1);
+  if (kind == 5) cp_async16(memory, memory);
+  if (kind == 6) atomicAdd(reinterpret_cast<int*>(reinterpret_cast<char*>(memory) + 1), 1);
+  if (kind == 7) {
+    while (atomicCAS(memory, 1, 2) != 1) {
+    }
+  }
+}
+
 // Needs more shared memory than a kernel gets without asking.
 __global__ void large_kernel(float* out, int n) {
   SSLK_DYNAMIC_SHARED(float, large);

@@ -126,11 +126,3 @@ inline int __any_sync(unsigned mask, int holds, CudaWhere where = CudaWhere::her
 inline int __all_sync(unsigned mask, int holds, CudaWhere where = CudaWhere::here()) {
   return cuda_on_cpu::ballot(mask, holds != 0, where) == mask;
 }
-
-template <class T>
-T __reduce_add_sync(unsigned mask, T value, CudaWhere where = CudaWhere::here()) {
-  T sum = 0;
-  for (int i = 0; i < 32; i++)
-    if (mask >> i & 1) sum += cuda_on_cpu::shuffle(mask, value, i, where);
-  return sum;
-}
