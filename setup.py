@@ -279,10 +279,9 @@ class CudaOnCpu(Command):
         ninja = NinjaBuild(BUILD / "cuda_on_cpu", rules)
         # checked, but without UBSan's runtime: ubsan_handlers.cpp turns a violation into an exception
         checks = ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
-        objects = [
-            ninja.compile("cxx", CUDA_ON_CPU / "bindings.cpp", checks),
-            ninja.compile("cxx", CUDA_ON_CPU / "ubsan_handlers.cpp"),
-        ]
+        kernels = [CUDA_ON_CPU / "bindings.cpp", CUDA_ON_CPU / "example_bindings.cpp"]
+        objects = [ninja.compile("cxx", source, checks) for source in kernels]
+        objects.append(ninja.compile("cxx", CUDA_ON_CPU / "ubsan_handlers.cpp"))
         ninja.add("link", "cuda_on_cpu_kernels.so", objects)
         ninja.run()
 
@@ -290,7 +289,7 @@ class CudaOnCpu(Command):
 class Sanitize(Command):
     """Builds and runs every tests/cpp/*.cpp with the kernels, without torch, under each set of sanitizers.
 
-    And the programs that run CUDA kernels on the CPU.
+    The same goes for every tests/cuda_on_cpu/*_test.cpp, which runs CUDA kernels on the CPU.
     """
 
     description = "run the C++ tests under AddressSanitizer + UBSan and under ThreadSanitizer"
