@@ -1,7 +1,6 @@
 // What csrc/cuda/platform.h includes under a C++ compiler that is not nvcc: CUDA, as far as our kernels use it, on one
 // thread of the CPU. CONTRIBUTING.md, "Writing a CUDA kernel", says what is emulated and what is not.
 #pragma once
-#include <cmath>
 #include <cstdint>
 
 #include "atomics.h"
@@ -16,6 +15,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ _Pragma("GCC error \"declare shared memory by SSLK_SHARED or SSLK_DYNAMIC_SHARED\"")
 

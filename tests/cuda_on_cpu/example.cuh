@@ -172,6 +172,7 @@ __global__ void __launch_bounds__(32)
     if constexpr (kBug != Bug::kCopiesTooEarly) __syncwarp();
   }
   float* c_tile = c + static_cast<int64_t>(blockIdx.x) * kTileRows * n + blockIdx.y * kTileColumns;
+#pragma unroll
   for (int r = 0; r < 4; r++) c_tile[static_cast<int64_t>(group + r / 2 * 8) * n + pair * 2 + r % 2] = sum[r];
 }
 

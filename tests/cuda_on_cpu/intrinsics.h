@@ -1,6 +1,8 @@
 // CUDA's arithmetic and memory intrinsics for one thread. The fast ones (__expf, __logf, ...) are exact here: a test
 // must leave room for the few units in the last place that the GPU loses.
 #pragma once
+#include <math.h>  // unlike <cmath> it has isnan and the like outside std, as CUDA has
+
 #include <cmath>
 #include <cstdint>
 
