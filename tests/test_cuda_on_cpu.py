@@ -23,12 +23,16 @@ INCLUDES = [f"-I{cuda_on_cpu.ROOT / path}" for path in ("csrc", "tests/cuda_on_c
 NAN = float("nan")
 DTYPES = [torch.bfloat16, torch.float16]
 
-pytestmark = pytest.mark.usefixtures("cxx")
 
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def cxx():
     require_or_skip(shutil.which("g++"), "g++ is not installed")
+
+
+def run(command: list, **options) -> tuple[int, str]:
+    """Exit status and output, errors included."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return result.returncode, result.stdout
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -158,8 +162,8 @@ def test_exception_of_a_kernel_reaches_the_host():
 @cache
 def program(sanitizer: str) -> Path:
     probe = ["g++", f"-fsanitize={sanitizer}", "-x", "c++", "-o", os.devnull, "-"]
-    result = subprocess.run(probe, input="int main() {}", capture_output=True, text=True)
-    require_or_skip(result.returncode == 0, f"g++ has no {sanitizer} sanitizer")
+    status, _ = run(probe, input="int main() {}")
+    require_or_skip(status == 0, f"g++ has no {sanitizer} sanitizer")
     return cuda_on_cpu.build(sanitizer)
 
 
@@ -168,20 +172,12 @@ def sanitized(sanitizer: str, bug: str | None = None, schedule: int = 0) -> tupl
     arguments = [] if bug is None else [str(int(getattr(kernels().Bug, bug))), str(schedule)]
     fixed = ["setarch", "-R"] if shutil.which("setarch") else []
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "halt_on_error=1"}
-    result = subprocess.run(
-        [*fixed, str(program(sanitizer)), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-    return result.returncode, result.stdout
+    return run([*fixed, program(sanitizer), *arguments], env=environment)
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizers_pass_right_kernels(sanitizer):
-    status, output = sanitized(sanitizer)
-    assert status == 0 and output == "0 failed\n", output
+    assert sanitized(sanitizer) == (0, "0 failed\n")
 
 
 @pytest.mark.parametrize("schedule", [0, 3, 6])
@@ -380,21 +376,19 @@ def test_nvcc_compiles_the_same_source(tmp_path):
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90, 100)]
     flags = ["-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-Wall", "--expt-relaxed-constexpr"]
     command = [nvcc, *archs, *flags, *INCLUDES, "-c", str(source), "-o", str(tmp_path / "example.o")]
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert result.returncode == 0, result.stdout
+    status, output = run(command)
+    assert status == 0, output
     tools = pytest.importorskip("triton", reason="triton, whose cuobjdump reads the object, is not installed")
     cuobjdump = Path(tools.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    sass = subprocess.run([cuobjdump, "-sass", command[-1]], capture_output=True, text=True, check=True).stdout
+    _, sass = run([cuobjdump, "-sass", command[-1]])
     assert {"LDGSTS", "HMMA.16816.F32.BF16", "HMMA.16816.F32"} <= set(re.findall(r"LDGSTS|HMMA\.16816[.\w]+", sass))
 
 
 def test_shared_memory_that_could_not_be_poisoned_does_not_compile(tmp_path):
     source = tmp_path / "plain.cpp"
     source.write_text('#include "cuda/platform.h"\n__global__ void kernel() { __shared__ float x[32]; x[0] = 1; }\n')
-    command = ["g++", "-std=c++17", "-fsyntax-only", *INCLUDES, str(source)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "declare shared memory by SSLK_SHARED or SSLK_DYNAMIC_SHARED" in result.stderr
+    status, output = run(["g++", "-std=c++17", "-fsyntax-only", *INCLUDES, source])
+    assert status != 0 and "declare shared memory by SSLK_SHARED or SSLK_DYNAMIC_SHARED" in output
 
 
 def test_stacks_can_be_switched_by_ucontext(tmp_path):
@@ -402,5 +396,5 @@ def test_stacks_can_be_switched_by_ucontext(tmp_path):
     source = Path(cuda_on_cpu.__file__).with_name("example_test.cpp")
     binary = tmp_path / "ucontext"
     flags = ["-std=c++17", "-fno-strict-aliasing", "-DCUDA_ON_CPU_UCONTEXT"]
-    subprocess.run(["g++", *flags, *INCLUDES, str(source), "-o", str(binary)], check=True)
-    assert subprocess.run([binary], capture_output=True, text=True, check=True).stdout == "0 failed\n"
+    assert run(["g++", *flags, *INCLUDES, source, "-o", binary]) == (0, "")
+    assert run([binary]) == (0, "0 failed\n")
