@@ -280,7 +280,7 @@ class CudaOnCpu(Command):
         ninja = NinjaBuild(BUILD / "cuda_on_cpu", rules)
         # checked, but without UBSan's runtime: ubsan_handlers.cpp turns a violation into an exception
         checks = ["-fsanitize=alignment,bounds", "-fno-sanitize-recover=all"]
-        kernels = [CUDA_ON_CPU / "bindings.cpp", CUDA_ON_CPU / "example_bindings.cpp"]
+        kernels = sorted(path.relative_to(ROOT) for path in (ROOT / CUDA_ON_CPU).glob("*bindings.cpp"))
         objects = [ninja.compile("cxx", source, checks) for source in kernels]
         objects.append(ninja.compile("cxx", CUDA_ON_CPU / "ubsan_handlers.cpp"))
         ninja.add("link", "cuda_on_cpu_kernels.so", objects)

@@ -5,7 +5,7 @@
 
 #if defined(__CUDACC__)
 #define SSLK_PHILOX __host__ __device__ __forceinline__
-#define SSLK_PHILOX_UNROLL _Pragma("unroll")
+#define SSLK_PHILOX_UNROLL
 #else
 #define SSLK_PHILOX inline __attribute__((always_inline))
 #define SSLK_PHILOX_UNROLL _Pragma("GCC unroll 10")

@@ -6,26 +6,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "dtype.h"
+#include "../ema_list.h"
 
 namespace sslkernels {
-
-// One teacher with its student. Elements that lie densely and in one order in all of its tensors are walked as they lie
-// in memory: as (batch, spatial, channels), if row-major is (batch, channels, spatial). That covers row-major tensors
-// (one channel), channels_last and transposed matrices. All others have `sizes`, and strides in elements.
-struct EmaTensor {
-  void* teacher;
-  const void* student;
-  void* copy;  // bf16, or null
-  Dtype teacher_dtype, student_dtype;
-  int64_t count;
-  int64_t channels, spatial;
-  int64_t dims;
-  const int64_t* sizes;  // null: dense
-  const int64_t *teacher_strides, *student_strides, *copy_strides;
-  uint32_t index;  // of the tensor and of its first element, for stochastic rounding
-  int64_t first;
-};
 
 struct EmaJob {
   double weight;  // of the student; 0 leaves the teachers alone

@@ -5,7 +5,7 @@
 #include <optional>
 
 #include "../dlpack.h"
-#include "ema_list.h"
+#include "ema.h"
 #include "isa.h"
 #include "threads.h"
 

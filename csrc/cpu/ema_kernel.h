@@ -1,7 +1,7 @@
 // The loops of the moving average, compiled once per instruction set. A block of elements is read as floats (doubles
 // where a tensor is float64), moved towards the student, and written back rounded to nearest or stochastically.
 #pragma once
-#include "../philox.h"
+#include "../rounding.h"
 #include "ema.h"
 #include "storage.h"
 
@@ -78,20 +78,8 @@ SSLK_INLINE const uint16_t* random_run(const EmaTensor& tensor, const EmaJob& jo
   return buffer + skip;
 }
 
-// The neighbour of x above or below, its mean over `random` being x. Infinities and NaN are kept.
-SSLK_INLINE uint16_t round_stochastically(Bf16, float x, uint32_t random) {
-  const uint32_t bits = to_bits(x);
-  return (bits & 0x7f800000) == 0x7f800000 ? to_bf16(x) : static_cast<uint16_t>((bits + random) >> 16);
-}
-SSLK_INLINE uint16_t round_stochastically(Fp16, float x, uint32_t random) {
-  const uint32_t bits = to_bits(x), magnitude = bits & 0x7fffffff;
-  // below the normal numbers the distance of neighbours is 2^-24 throughout
-  const float units = magnitude < 0x38800000 ? from_bits(magnitude) * 0x1p40f : 0;
-  const uint32_t small = (static_cast<uint32_t>(static_cast<int32_t>(units)) + random) >> 16;
-  const uint32_t normal = (magnitude - (112u << 23) + (random >> 3)) >> 13;
-  const uint32_t rounded = magnitude < 0x38800000 ? small : normal < 0x7c00 ? normal : 0x7c00;
-  return magnitude >= 0x7f800000 ? to_fp16(x) : static_cast<uint16_t>(bits >> 16 & 0x8000) | rounded;
-}
+SSLK_INLINE uint16_t round_stochastically(Bf16, float x, uint32_t random) { return stochastic_bf16(x, random); }
+SSLK_INLINE uint16_t round_stochastically(Fp16, float x, uint32_t random) { return stochastic_fp16(x, random); }
 
 // ---- dense tensors, in place
 

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "dtype.h"
+#include "../dtype.h"
 #include "tournament.h"
 #include "workspace.h"
 

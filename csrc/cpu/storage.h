@@ -1,6 +1,6 @@
 // The dtypes that tensors are stored in, read and written as floats.
 #pragma once
-#include "dtype.h"
+#include "../dtype.h"
 #include "vec.h"
 
 namespace sslkernels::SSLK_ISA {

@@ -1,12 +1,31 @@
-// Turns teachers, students and copies into the list that run_ema takes: how each lies in memory. No torch.
+// Teachers with their students and copies, and how each lies in memory. No torch, no device.
 #pragma once
 #include <algorithm>
+#include <cstdint>
 #include <deque>
+#include <initializer_list>
 #include <vector>
 
-#include "ema.h"
+#include "dtype.h"
 
 namespace sslkernels {
+
+// One teacher with its student. Elements that lie densely and in one order in all of its tensors are walked as they lie
+// in memory: as (batch, spatial, channels), if row-major is (batch, channels, spatial). That covers row-major tensors
+// (one channel), channels_last and transposed matrices. All others have `sizes`, and strides in elements.
+struct EmaTensor {
+  void* teacher;
+  const void* student;
+  void* copy;  // bf16, or null
+  Dtype teacher_dtype, student_dtype;
+  int64_t count;
+  int64_t channels, spatial;
+  int64_t dims;
+  const int64_t* sizes;  // null: dense
+  const int64_t *teacher_strides, *student_strides, *copy_strides;
+  uint32_t index;  // of the tensor and of its first element, for stochastic rounding
+  int64_t first;
+};
 
 // A tensor as far as the list is concerned. Strides are in elements.
 struct TensorView {

@@ -1,0 +1,106 @@
+// sslkernels::ema_update_ for CUDA tensors.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <optional>
+
+#include "checks.h"
+#include "cuda/ema.cuh"
+#include "ema_args.h"
+
+// weak: the same library loads where torch has no CUDA
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace sslkernels {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, "ema_update_: ", what, ": ", cudaGetErrorString(status));
+}
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// Tables on the device, kept for the next step: a training run has one. What a CUDA graph has captured is kept for
+// good, since the graph may be replayed at any time.
+class Tables {
+ public:
+  const ema::Entry* on_device(int device, const std::vector<ema::Entry>& host, cudaStream_t stream) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool capturing = is_capturing(stream);
+    for (auto table = tables_.begin(); table != tables_.end(); ++table)
+      if (table->device == device && same(table->host, host)) {
+        table->captured |= capturing;
+        tables_.splice(tables_.begin(), tables_, table);
+        return table->memory;
+      }
+    STD_TORCH_CHECK(!capturing, "ema_update_: call it once with these tensors before capturing a CUDA graph");
+    Table table{device, host, nullptr, false};
+    const size_t bytes = host.size() * sizeof(ema::Entry);
+    check(cudaMalloc(reinterpret_cast<void**>(&table.memory), bytes), "cudaMalloc");
+    check(cudaMemcpy(table.memory, host.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    tables_.push_front(std::move(table));
+    evict();
+    return tables_.front().memory;
+  }
+
+ private:
+  static constexpr size_t kKept = 16;
+  struct Table {
+    int device;
+    std::vector<ema::Entry> host;
+    ema::Entry* memory;
+    bool captured;
+  };
+
+  static bool same(const std::vector<ema::Entry>& a, const std::vector<ema::Entry>& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(ema::Entry)) == 0;
+  }
+  void evict() {
+    size_t loose = 0;
+    for (auto table = tables_.begin(); table != tables_.end();) {
+      const bool old = !table->captured && ++loose > kKept;
+      if (old) check(cudaFree(table->memory), "cudaFree");  // waits for the kernels that read it
+      table = old ? tables_.erase(table) : std::next(table);
+    }
+  }
+
+  std::mutex mutex_;
+  std::list<Table> tables_;
+};
+
+void ema_update_cuda(std::vector<Tensor> teacher, std::vector<Tensor> student, const Tensor& momentum,
+                     std::optional<Tensor> found_inf, std::vector<Tensor> bf16_copy, std::optional<int64_t> seed,
+                     std::optional<Tensor> step, std::vector<int64_t> keys) {
+  if (teacher.empty()) return;
+  const EmaArguments arguments(teacher, student, momentum, found_inf, bf16_copy, seed, step, keys);
+  const std::vector<ema::Table> tables = ema::tables_of(arguments.list.tensors);
+  STD_TORCH_CHECK(!tables.empty() || arguments.list.tensors.empty(), "ema_update_: at most ", ema::kMaxDims,
+                  " dimensions that do not merge");
+  const int device = teacher[0].get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* current = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
+  const auto stream = static_cast<cudaStream_t>(current);
+  const ema::Options options{static_cast<const double*>(momentum.const_data_ptr()),
+                             found_inf ? static_cast<const float*>(found_inf->const_data_ptr()) : nullptr,
+                             seed ? static_cast<const int64_t*>(step->const_data_ptr()) : nullptr,
+                             static_cast<uint64_t>(seed.value_or(0))};
+  static Tables* const kept = new Tables;  // never destroyed: CUDA may be gone by then
+  for (const ema::Table& table : tables) {
+    ema::launch(table, kept->on_device(device, table.entries, stream), options, stream);
+    check(cudaGetLastError(), "launch");
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sslkernels, CUDA, m) { m.impl("ema_update_", TORCH_BOX(&ema_update_cuda)); }
+
+}  // namespace
+}  // namespace sslkernels
