@@ -191,9 +191,11 @@ class BuildExtension(build_ext):
         }
         directory = BUILD / f"ext-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         ninja = NinjaBuild(directory, rules)
-        objects = [ninja.compile("cxx", source) for source in [*sources_in("*.cpp"), *sources_in("cpu/*.cpp")]]
+        objects = self.add_cuda(ninja, cxx, [*common, "-DUSE_CUDA"], libraries)
+        has_cuda = ["-DSSLKERNELS_HAVE_CUDA"] if objects else []
+        objects += [ninja.compile("cxx", source, has_cuda) for source in sources_in("*.cpp")]
+        objects += [ninja.compile("cxx", source) for source in sources_in("cpu/*.cpp")]
         objects += [ninja.compile("cxx", source, flags) for source, flags in isas.items()]
-        objects += self.add_cuda(ninja, cxx, [*common, "-DUSE_CUDA"], libraries)
         library = ninja.add("link", Path(self.get_ext_filename(extension.name)).name, objects)
         ninja.run()
         target = self.get_ext_fullpath(extension.name)

@@ -20,7 +20,7 @@ std::map<std::string, std::string> build_info() {
   return {{"compiler", __VERSION__},
           {"torch_target_version",
            std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string(TORCH_TARGET_VERSION >> 48 & 0xff)},
-#ifdef USE_CUDA
+#ifdef SSLKERNELS_HAVE_CUDA
           {"cuda", "built"}};
 #else
           {"cuda", "not built"}};

@@ -28,30 +28,53 @@ def triton_error() -> str:
 
 @dataclass(frozen=True)
 class Backend:
-    """What serves one op on one device: the active implementation, and why the others are absent."""
+    """What serves one op on one device: the active implementation, why others are absent, which are there besides."""
 
     active: str
     absent: dict[str, str] = field(default_factory=dict)
+    besides: tuple[str, ...] = ()
 
 
 def _implemented(torch_op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels::{torch_op}", key)
 
 
+_cuda_owner: dict[str, str] = {}  # operator: "cuda" (C++), "triton" or "reference"
+
+
+def claim_cuda(torch_op: str) -> str:
+    """Which implementation of an operator has the CUDA key: the compiled one where it is built, else Triton's.
+
+    A slice asks once, after the definition of the operator, and registers Triton's if that is the answer.
+    """
+    compiled = _implemented(torch_op, "CUDA")
+    _cuda_owner[torch_op] = "cuda" if compiled else "reference" if triton_error() else "triton"
+    return _cuda_owner[torch_op]
+
+
 def backends() -> dict[str, dict[str, Backend]]:
     """What is active for every op and device type, read from PyTorch's dispatcher.
 
-    Returns ``{op: {"cpu": Backend, "cuda": Backend}}``. ``Backend.active`` is ``"cpp"``, ``"triton"`` or
-    ``"reference"``; ``Backend.absent`` gives the reason for every implementation that is missing.
+    Returns ``{op: {"cpu": Backend, "cuda": Backend}}``. ``Backend.active`` is ``"cpp"``, ``"cuda"``, ``"triton"`` or
+    ``"reference"``; ``Backend.absent`` gives the reason for every implementation that is missing, and
+    ``Backend.besides`` those that only ``backend=`` reaches.
     """
     from sslkernels.registry import ops
 
     report = {}
     for spec in ops():
         cpu = all(_implemented(name, "CPU") for name in spec.torch_ops)
-        cuda = all(_implemented(name, "CUDA") for name in spec.torch_ops)
         report[spec.name] = {
             "cpu": Backend("cpp") if cpu else Backend("reference", {"cpp": extension_error}),
-            "cuda": Backend("triton") if cuda else Backend("reference", {"triton": triton_error()}),
+            "cuda": _cuda_backend(_cuda_owner[spec.torch_ops[0]], spec.has_cuda),
         }
     return report
+
+
+def _cuda_backend(owner: str, has_cuda: bool) -> Backend:
+    absent = {}
+    if has_cuda and owner != "cuda":
+        absent["cuda"] = extension_error or "the extension was built without nvcc"
+    if triton_error():
+        absent["triton"] = triton_error()
+    return Backend(owner, absent, ("triton",) if owner == "cuda" and not triton_error() else ())

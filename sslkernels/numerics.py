@@ -146,7 +146,7 @@ def evaluate(function: Callable, arguments: dict, grad_args: tuple[str, ...]) ->
     # bf16 numbers, so that they are the same in every dtype
     weight = torch.randn(value.shape, generator=generator).bfloat16().to(value)
     weighted = value * weight
-    grads = torch.autograd.grad(weighted.sum(), list(leaves.values()))
+    grads = torch.autograd.grad(weighted.sum(), list(leaves.values())) if leaves else ()
     return Evaluation(value.detach(), dict(zip(leaves, grads, strict=True)), weighted.abs().sum().item())
 
 
@@ -213,10 +213,12 @@ def compare_call(label: str, actual: Evaluation, expected: Expected, dtype: torc
 
 
 def _map_floating(arguments: dict, change) -> dict:
-    return {
-        name: change(name, value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
+    def mapped(name: str, value):
+        if isinstance(value, list):
+            return [mapped(f"{name}[{index}]", item) for index, item in enumerate(value)]
+        return change(name, value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return {name: mapped(name, value) for name, value in arguments.items()}
 
 
 def _nudge(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,7 @@ class OpSpec:
     grad_args: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     cases: tuple[Case, ...]
+    has_cuda: bool = False  # csrc/cuda has kernels for it
 
     def tagged(self, tag: str) -> list[Case]:
         return [case for case in self.cases if tag in case.tags]

@@ -5,7 +5,8 @@ a driver or TRITON_INTERPRET, and so do our public functions: their operators go
 ``kernels.py``, as they do on a GPU. The interpreter is Triton's own, with what it lacks for a proof:
 
 - bfloat16 arithmetic: Triton's interpreter works on the bits as if they were integers;
-- every pointer that is not masked off must lie in a tensor of the launch;
+- every pointer that is not masked off must lie in a tensor of the launch or, where a kernel reads addresses from a
+  table, of the operator's arguments;
 - programs run in an order drawn from a seed, as a GPU promises none;
 - memory fresh from ``torch.empty`` is filled with NaN, so that what no kernel wrote shows.
 """
@@ -97,7 +98,7 @@ def interpret(target: str = "sm_90", order_seed: int | None = None) -> Iterator[
         mock.patch.object(interpreter, "interpreter_builder", machine.builder),
         mock.patch.object(interpreter, "interpreter_semantic", machine.semantic),
         _active_driver(TARGETS[target]),
-        _OnGPU(),
+        _OnGPU(machine.reachable),
     ):
         yield machine.launches
 
@@ -131,14 +132,17 @@ class _OnGPU(TorchDispatchMode):
         torch.ops.aten.new_empty_strided,
     )
 
-    def __init__(self):
+    def __init__(self, reachable: list | None = None):
         super().__init__()
         self.launchers = launchers()
         self.launching = False
+        self.reachable = [] if reachable is None else reachable  # the memory of the operator's arguments
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.launchers:
             self.launching = True
+            leaves = torch.utils._pytree.tree_leaves(args)
+            self.reachable[:] = [_span(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
             try:
                 with self:  # within a handler a mode is off
                     return self.launchers[func](*args, **(kwargs or {}))
@@ -157,8 +161,8 @@ class _OnGPU(TorchDispatchMode):
 
 def kernel_modules() -> list[types.ModuleType]:
     """``sslkernels.ops.<slice>.kernels`` of every slice that has one."""
-    names = {f"{spec.function.__module__}.kernels" for spec in registry.ops()}
-    return [importlib.import_module(name) for name in sorted(names) if importlib.util.find_spec(name)]
+    names = [f"sslkernels.ops.{name}.kernels" for name in registry.SLICES]
+    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
 
 
 def launchers() -> dict:
@@ -184,6 +188,7 @@ class _Interpreter:
         self.order_seed = order_seed
         self.launches: list[Launch] = []
         self.rewritten: dict[int, types.FunctionType] = {}
+        self.reachable: list[tuple[int, int]] = []
 
     def call(self, function: JITFunction, *args, **kwargs):
         """A kernel calls a helper that is jitted too: ours, or tl.sum and its like."""
@@ -197,7 +202,8 @@ class _Interpreter:
         arguments = inspect.getcallargs(kernel.fn, *args, **kwargs)
         sizes = _grid(grid, arguments)
         self.launches.append(Launch(kernel, sizes, arguments | options))
-        self.builder.memory = [_span(value) for value in arguments.values() if isinstance(value, torch.Tensor)]
+        own = [_span(value) for value in arguments.values() if isinstance(value, torch.Tensor)]
+        self.builder.memory = own + self.reachable
         self.builder.set_grid_dim(*sizes)
         constexprs = {param.name for param in kernel.params if param.is_constexpr}
         # Triton patches the modules that it finds in a function's globals; these two are what kernels can reach

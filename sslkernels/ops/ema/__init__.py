@@ -84,8 +84,7 @@ def ema_update_(
         return
     with torch.no_grad():
         for device, part in parts.items():
-            _check_backend(backend, device.type)
-            run = reference.ema_update_op_ if backend == "reference" else torch.ops.sslkernels.ema_update_
+            run = _implementation(backend, device.type)
             run(part.teacher, part.student, *_options(device, part, momentum, found_inf, seed, step))
             if not torch.compiler.is_compiling():
                 torch.autograd.graph.increment_version([*([] if still else part.teacher), *part.bf16_copy])
@@ -133,12 +132,18 @@ def _options(device, part, momentum, found_inf, seed, step) -> tuple:
     return weight, found_inf, part.bf16_copy, seed - (seed >> 63 << 64), step, part.keys
 
 
-def _check_backend(backend: str | None, device: str) -> None:
-    if backend in (None, "reference"):
-        return
-    available = _library.backends()[lists.NAME].get(device)
-    if available is None or backend != available.active:
-        reason = available.absent.get(backend) if available else None
-        raise RuntimeError(
-            f"{lists.NAME}: backend {backend!r} is not available on {device}: {reason or 'there is none of that name'}"
-        )
+def _implementation(backend: str | None, device: str):
+    """What updates the tensors of one device: the operator, or what it hides on this device."""
+    if backend == "reference":
+        return reference.ema_update_op_
+    available = _library.backends()[lists.NAME].get(device) if backend else None
+    if backend is None or (available and backend == available.active):
+        return torch.ops.sslkernels.ema_update_
+    if available and backend in available.besides:
+        from sslkernels.ops.ema import kernels
+
+        return kernels.ema_update_
+    reason = available.absent.get(backend) if available else None
+    raise RuntimeError(
+        f"{lists.NAME}: backend {backend!r} is not available on {device}: {reason or 'there is none of that name'}"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from sslkernels.ops import ema
@@ -78,6 +80,25 @@ def _student_bf16(teacher, student):
     return teacher, [s.bfloat16() for s in student]
 
 
+def _all_options(device, dtype) -> dict:
+    """What else a kernel is compiled for."""
+    options = {"found_inf": torch.zeros((), device=device)}
+    if dtype == torch.float32:
+        return {**options, "bf16_copy": tensors([(64, 32), (100,)], device, torch.bfloat16, 2)}
+    return {**options, "stochastic_rounding_seed": 5, "step": 3}
+
+
+def _with_options(name: str, transform=None) -> Case:
+    plain = _case(name, [(64, 32), (100,)], 0.9, ("aot",), transform)
+    return dataclasses.replace(
+        plain, make=lambda device, dtype: plain.make(device, dtype) | _all_options(device, dtype)
+    )
+
+
+def _misaligned(teacher, student):
+    return [torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in teacher], student
+
+
 EMA_CASES = (
     _case("three", [(64, 32), (100,), (3, 5, 7)], 0.99, ("verify", "aot")),
     _case("tiny", [()] + 20 * [(1,), (3,)] + [(0,), (2, 0, 3)], 0.9, ("verify", "edge")),
@@ -89,6 +110,8 @@ EMA_CASES = (
     _case("mixed_formats", [(8, 5, 3, 3), (4, 16, 1, 1)], 0.9, ("verify", "edge"), _channels_last),
     _case("strided", [(13, 20), (7, 6)], 0.9, ("verify", "edge"), _strided),
     _case("bf16_student", [(33, 77), (5,)], 0.9, ("verify", "edge"), _student_bf16),
+    _with_options("all_options"),
+    _with_options("all_options_misaligned", _misaligned),
     _case("vit_b", VIT_B, 0.996, ("bench",)),
     _case("resnet50", RESNET_50, 0.996, ("bench",)),
     _case("thousand", 1000 * [(64,)], 0.996, ("bench",)),
@@ -103,5 +126,6 @@ OPS = (
         grad_args=(),
         dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
         cases=EMA_CASES,
+        has_cuda=True,
     ),
 )

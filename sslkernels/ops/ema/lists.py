@@ -145,7 +145,8 @@ def _check_tensor(argument: str, tensor) -> None:
 
 
 def _check_written(argument: str, tensor: torch.Tensor) -> None:
-    if tensor.is_conj() or tensor.is_neg():
+    # the compiler cannot trace these two, nor does it let such views reach an operator
+    if not torch.compiler.is_compiling() and (tensor.is_conj() or tensor.is_neg()):
         raise ValueError(f"{NAME}: {argument} must not be a conjugate or negative view, which cannot be written to")
     if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         raise ValueError(f"{NAME}: {argument} must not be expanded: it holds one element several times")

@@ -26,7 +26,7 @@ def _(teacher, student, momentum, found_inf, bf16_copy, seed, step, keys):
     return None
 
 
-if not _library.triton_error():
+if _library.claim_cuda("ema_update_") == "triton":
 
     @torch.library.impl("sslkernels::ema_update_", "cuda")
     def _(*args):

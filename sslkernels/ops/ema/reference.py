@@ -33,7 +33,7 @@ def ema_update_op_(teacher, student, momentum, found_inf, bf16_copy, seed, step,
         compute = torch.promote_types(torch.promote_types(real.dtype, other.dtype), torch.float32)
         value = lerp(real.to(compute), other.to(compute), weight.to(compute))
         if seed is not None:
-            value = round_stochastically(value, real.dtype, seed, int(step), keys[2 * index], keys[2 * index + 1])
+            value = round_stochastically(value, real.dtype, seed, step, keys[2 * index], keys[2 * index + 1])
         real.copy_(torch.where(weight == 0, real, value))
         if bf16_copy:
             bf16_copy[index].copy_(target)
@@ -73,18 +73,18 @@ def _multiply_wide(word, multiplier: int):
     return ((upper >> 16) + (lower >> 32)) & WORD, lower & WORD
 
 
-def random_16_bits(shape, device, seed: int, step: int, tensor: int, first: int):
+def random_16_bits(shape, device, seed: int, step, tensor: int, first: int):
     """16 random bits for each element: eight elements, in row-major order from ``first`` on, share a Philox counter."""
     count = 1
     for size in shape:
         count *= size
     element = torch.arange(first, first + count, device=device)
-    words = philox((element >> 3, tensor, step & WORD, PHILOX_STREAM), (seed & WORD, seed >> 32 & WORD))
+    words = philox((element >> 3 & WORD, tensor, step & WORD, PHILOX_STREAM), (seed & WORD, seed >> 32 & WORD))
     word = torch.stack(words, 1)[torch.arange(count, device=device), element >> 1 & 3] if count else element
     return (word >> ((element & 1) << 4) & 0xFFFF).view(shape)
 
 
-def round_stochastically(value, dtype, seed: int, step: int, tensor: int, first: int):
+def round_stochastically(value, dtype, seed: int, step, tensor: int, first: int):
     """``value``, in fp32, in bfloat16 or float16: the neighbour above or below at random, the value being the mean."""
     if dtype not in (torch.bfloat16, torch.float16):
         return value.to(dtype)

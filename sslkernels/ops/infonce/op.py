@@ -59,7 +59,7 @@ def _no_double_backward(ctx, *_):
 torch.library.register_autograd("sslkernels::nt_xent_fwd", _backward, setup_context=_save)
 torch.library.register_autograd("sslkernels::nt_xent_bwd", _no_double_backward)
 
-if not _library.triton_error():
+if _library.claim_cuda("nt_xent_fwd") == "triton":
 
     @torch.library.impl("sslkernels::nt_xent_fwd", "cuda")
     def _(*args):
