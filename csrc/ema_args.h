@@ -1,6 +1,7 @@
 // The arguments of sslkernels::ema_update_, checked for those who call the operator directly, on any device.
 #pragma once
 #include <optional>
+#include <unordered_set>
 #include <vector>
 
 #include "checks.h"
@@ -60,9 +61,12 @@ struct EmaArguments {
     check_number("momentum", momentum, ScalarType::Double, beside);
     if (seed) check_number("step", *step, ScalarType::Long, beside);
     if (found_inf) check_number("found_inf", *found_inf, ScalarType::Float, beside);
-    for (size_t t = 0; t < count; t++)
+    std::unordered_set<const void*> seen;  // a tensor that is listed twice is updated once
+    for (size_t t = 0; t < count; t++) {
+      if (teacher[t].numel() > 0 && !seen.insert(teacher[t].const_data_ptr()).second) continue;
       add(list, teacher[t], student[t], bf16_copy.empty() ? nullptr : &bf16_copy[t],
           seed ? static_cast<uint32_t>(keys[2 * t]) : 0, seed ? keys[2 * t + 1] : 0);
+    }
   }
 
  private:

@@ -74,7 +74,7 @@ def ema_update_(
     lists.check_momentum(momentum)
     lists.check_rounding(stochastic_rounding_seed, step)
     lists.check_found_inf(found_inf)
-    seed = None if stochastic_rounding_seed is None else stochastic_rounding_seed & lists.WORD
+    seed = stochastic_rounding_seed
     plain = found_inf is None and first_elements is None and backend is None
     if plain and _direct(targets, sources, momentum, copies, seed, step):
         return
@@ -109,7 +109,8 @@ def _direct(teacher, student, momentum, bf16_copy, seed, step) -> bool:
     direct = _plain_cpu_lists()
     if direct is None or len(set(map(id, teacher))) < len(teacher):
         return False
-    if not direct.update(teacher, student, momentum, bf16_copy, seed, step & reference.WORD):
+    unsigned = None if seed is None else seed & (2**64 - 1)
+    if not direct.update(teacher, student, momentum, bf16_copy, unsigned, step & reference.WORD):
         return False
     torch.autograd.graph.increment_version([*(teacher if momentum != 1 else []), *(bf16_copy or [])])
     return True
@@ -129,7 +130,9 @@ def _options(device, part, momentum, found_inf, seed, step) -> tuple:
         step = step.detach().reshape(()).to(device)
     else:
         step = torch.full((), step & reference.WORD, dtype=torch.int64, device=device)
-    return weight, found_inf, part.bf16_copy, seed - (seed >> 63 << 64), step, part.keys
+    if not torch.compiler.is_compiling() and seed >= 2**63:
+        seed -= 2**64  # the same 64 bits
+    return weight, found_inf, part.bf16_copy, seed, step, part.keys
 
 
 def _implementation(backend: str | None, device: str):

@@ -1,4 +1,4 @@
-"""The moving average in Triton, for GPUs where the extension was built without CUDA: a launch for each kind of tensor."""
+"""The moving average in Triton, where the extension is built without CUDA: a launch for each kind of tensor."""
 
 from __future__ import annotations
 
@@ -91,8 +91,9 @@ def _ema_update_kernel(
     TEACHER: tl.constexpr, STUDENT: tl.constexpr, ALIGNED: tl.constexpr, HAS_COPY: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of one tensor. ALIGNED: all tensors start at multiples of 16 bytes and, for STOCHASTIC, of 8 elements
-    in row-major order.
+    """BLOCK elements of one tensor.
+
+    ALIGNED: all tensors start at multiples of 16 bytes and, for STOCHASTIC, of 8 elements, and are row-major.
     """
     owner = tl.load(owner_ptr + tl.program_id(0))
     row = table_ptr + owner
@@ -145,7 +146,7 @@ _tables: OrderedDict[tuple, tuple[torch.Tensor, torch.Tensor]] = OrderedDict()
 
 
 def _on_device(group: _Group, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The table and the tensor that each program belongs to, uploaded once: a training run has the same at every step."""
+    """The table and the tensor that each program belongs to, uploaded once: a training run has one for all steps."""
     key = (device, *group.columns)
     if key not in _tables:
         table = torch.tensor(group.columns, dtype=torch.int64).T.contiguous().to(device)
@@ -175,16 +176,18 @@ def _layout(tensors: list[torch.Tensor]) -> tuple[int, int] | None:
 
 
 def ema_update_(teacher, student, momentum, found_inf, bf16_copy, seed, step, keys):
-    """``sslkernels::ema_update_`` on a GPU. float64 and tensors that are not dense in one order go to the definition."""
+    """``sslkernels::ema_update_`` on a GPU. float64 and tensors that are not dense alike go to the definition."""
     groups: dict[tuple, _Group] = {}
     rest: list[int] = []
+    seen: set[int] = set()  # a tensor that is listed twice is updated once
     for i, (target, source) in enumerate(zip(teacher, student, strict=True)):
+        if not target.numel() or target.data_ptr() in seen:
+            continue
+        seen.add(target.data_ptr())
         written = bf16_copy[i : i + 1]
         layout = _layout([target, source, *written])
         if layout is None or target.dtype not in DTYPES or source.dtype not in DTYPES:
             rest.append(i)
-            continue
-        if not target.numel():
             continue
         pointers = [target.data_ptr(), source.data_ptr(), written[0].data_ptr() if written else 0]
         draws = seed is not None and target.dtype != torch.float32

@@ -11,7 +11,6 @@ from torch import nn
 NAME = "ema_update_"
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
-WORD = 2**64 - 1
 
 
 def pairs(teacher, student) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -48,8 +47,10 @@ def check_momentum(momentum) -> None:
 
 
 def check_rounding(seed, step) -> None:
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64):
-        raise ValueError(f"{NAME}: stochastic_rounding_seed must be None or an integer of 64 bits, got {seed!r}")
+    # the compiler makes integers symbolic, which know no numbers past 64 bits
+    if seed is not None and not torch.compiler.is_compiling():
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"{NAME}: stochastic_rounding_seed must be None or an integer of 64 bits, got {seed!r}")
     if isinstance(step, torch.Tensor):
         if step.numel() != 1 or step.dtype != torch.int64:
             given = f"{step.dtype} of shape {tuple(step.shape)}"
@@ -98,11 +99,13 @@ def parts(
     for index, (target, source) in enumerate(zip(teacher, student, strict=True)):
         copy = None if bf16_copy is None else bf16_copy[index]
         _check_pair(index, target, source, copy)
-        if id(target) in partners:
-            if partners[id(target)] is not source:
+        if not torch.compiler.is_compiling():  # a compiled id would bind the graph to these very tensors
+            partner = partners.get(id(target))
+            if partner is source:
+                continue
+            if partner is not None:
                 raise ValueError(f"{NAME}: teacher[{index}] is listed before with another student")
-            continue
-        partners[id(target)] = source
+            partners[id(target)] = source
         first = 0 if first_elements is None else first_elements[index]
         if target.is_complex():
             target, source, first = torch.view_as_real(target), torch.view_as_real(source.resolve_conj()), 2 * first

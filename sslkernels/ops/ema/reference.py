@@ -28,7 +28,11 @@ def ema_update_op_(teacher, student, momentum, found_inf, bf16_copy, seed, step,
     weight = (1 - momentum).double()
     if found_inf is not None:
         weight = torch.where(found_inf.reshape(()) == 0, weight, 0)
+    seen: set[int] = set()  # a tensor that is listed twice is updated once
     for index, (target, source) in enumerate(zip(teacher, student, strict=True)):
+        if not target.numel() or target.data_ptr() in seen:
+            continue
+        seen.add(target.data_ptr())
         real, other = _as_real(target), _as_real(source)
         compute = torch.promote_types(torch.promote_types(real.dtype, other.dtype), torch.float32)
         value = lerp(real.to(compute), other.to(compute), weight.to(compute))

@@ -1,0 +1,487 @@
+"""The moving average on the CPU: values, bits, every layout and dtype, torch integration, and every error."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import require_or_skip
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import assert_op_close
+from torch import nn
+
+import sslkernels
+from sslkernels import _library, ema_update_
+from sslkernels.ops.ema import reference
+from sslkernels.ops.ema.cases import OPS
+
+SPEC = OPS[0]
+VERIFY = SPEC.tagged("verify")
+DTYPES = SPEC.dtypes
+NARROW = (torch.bfloat16, torch.float16)
+ISAS = _library.extension.supported_isas() if _library.extension else []
+
+
+def tensors(*shapes, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def test_the_compiled_kernel_is_there():
+    require_or_skip(_library.extension, _library.extension_error)
+    assert sslkernels.backends()["ema_update_"]["cpu"] == sslkernels.Backend("cpp")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", VERIFY, ids=lambda case: case.name)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_as_exact_as_lerp(case, dtype, backend):
+    assert_op_close(SPEC, case, dtype, backend=backend)
+
+
+@pytest.mark.parametrize("teacher, student", list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_every_pair_of_dtypes(teacher, student):
+    shapes = ((3, 40, 5), (1,), (4099,))
+    targets, sources = tensors(*shapes, dtype=teacher), tensors(*shapes, seed=1, dtype=student)
+    compute = torch.promote_types(torch.promote_types(teacher, student), torch.float32)
+    expected = [
+        reference.lerp(t.to(compute), s.to(compute), torch.tensor(0.25)).to(teacher)
+        for t, s in zip(targets, sources, strict=True)
+    ]
+    ema_update_(targets, sources, 0.75)
+    torch.testing.assert_close(targets, expected, rtol=1e-15 if compute == torch.float64 else 0, atol=1e-17)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.complex32], ids=str)
+def test_complex(dtype):
+    real = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}[dtype]
+    parts, others = tensors((5, 7, 2), dtype=real), tensors((5, 7, 2), seed=1, dtype=real)
+    teacher, student = torch.view_as_complex(parts[0]).clone(), torch.view_as_complex(others[0])
+    ema_update_([teacher, teacher.T], [student, student.T], 0.5) if False else ema_update_(
+        [teacher], [student.conj()], 0.5
+    )
+    mirrored = others[0] * torch.tensor([1, -1], dtype=real)
+    expected = parts[0].lerp(mirrored, 0.5)
+    torch.testing.assert_close(torch.view_as_real(teacher), expected)
+    strided = torch.view_as_complex(parts[0]).clone()[:, ::2]
+    ema_update_([strided], [student[:, ::2]], 0.5)
+    torch.testing.assert_close(torch.view_as_real(strided.contiguous()), parts[0][:, ::2].lerp(others[0][:, ::2], 0.5))
+
+
+def test_a_negated_view_is_read_with_its_sign():
+    z = torch.randn(4, dtype=torch.complex64)
+    for student in (z.conj().imag, z.conj().imag[:1]):
+        teacher = torch.zeros(student.shape)
+        ema_update_([teacher], [student], 0.0)
+        assert torch.equal(teacher, student)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_layout(data):
+    """Tensors behind random permutations, steps and offsets, against the same values laid out plainly."""
+    shape = data.draw(st.lists(st.integers(0, 5), max_size=5))
+    dtype = data.draw(st.sampled_from(DTYPES))
+
+    def laid_out(seed):
+        order = data.draw(st.permutations(range(len(shape))))
+        steps = [data.draw(st.integers(1, 3)) for _ in shape]
+        wide = torch.randn([shape[d] * steps[d] for d in order], generator=torch.Generator().manual_seed(seed)).to(
+            dtype
+        )
+        picked = wide[tuple(slice(None, None, steps[d]) for d in order)]
+        return picked.permute([order.index(d) for d in range(len(shape))]), wide
+
+    (teacher, whole), (student, _) = laid_out(1), laid_out(2)
+    seed = data.draw(st.none() | st.integers(0, 2**64 - 1))
+    plain, untouched = teacher.contiguous().clone(), whole.clone()
+    ema_update_([plain], [student.contiguous()], 0.9, stochastic_rounding_seed=seed)
+    ema_update_([teacher], [student], 0.9, stochastic_rounding_seed=seed)
+    assert torch.equal(teacher, plain)
+    teacher.zero_()  # what lies between the elements was not touched
+    reached = torch.zeros(whole.shape, dtype=torch.bool).as_strided(teacher.shape, teacher.stride()).fill_(True)._base
+    assert torch.equal(whole[~reached], untouched[~reached])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.5, 0.996])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_equal_student_is_a_fixed_point(dtype, momentum):
+    student = tensors((1000,), (3, 5), dtype=dtype)
+    student[0][:4] = torch.tensor(
+        [0.0, -0.0, torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal / 4], dtype=dtype
+    )
+    for seed in (None, 7):
+        teacher = [s.clone() for s in student]
+        for step in range(1000):
+            ema_update_(teacher, student, momentum, stochastic_rounding_seed=seed, step=step)
+        assert all(torch.equal(t, s) for t, s in zip(teacher, student, strict=True))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_momentum_1_leaves_the_teacher_alone(as_tensor):
+    teacher, student = tensors((70,)), [torch.full((70,), torch.nan)]
+    before, version = teacher[0].clone(), teacher[0]._version
+    ema_update_(teacher, student, torch.tensor(1.0) if as_tensor else 1.0)
+    assert torch.equal(teacher[0], before)
+    if not as_tensor:  # a tensor's value is not known when the version is raised
+        assert teacher[0]._version == version
+
+
+def test_momentum_0_copies_even_where_the_teacher_is_not_finite():
+    teacher, student = [torch.tensor([torch.nan, torch.inf, 1.0])], [torch.tensor([1.0, torch.inf, -torch.inf])]
+    ema_update_(teacher, student, 0)
+    assert torch.equal(teacher[0], student[0])
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_found_inf_skips_the_update_but_not_the_copy(found):
+    teacher, student = tensors((70, 3), (5,)), tensors((70, 3), (5,), seed=1)
+    expected = [t.clone() if found else t.lerp(s, 0.25) for t, s in zip(teacher, student, strict=True)]
+    copies = [torch.full(t.shape, torch.nan, dtype=torch.bfloat16) for t in teacher]
+    ema_update_(teacher, student, 0.75, found_inf=torch.tensor([found]), bf16_copy=copies)
+    torch.testing.assert_close(teacher, expected, rtol=0, atol=0)
+    assert all(torch.equal(c, t.bfloat16()) for c, t in zip(copies, teacher, strict=True))
+
+
+@pytest.mark.parametrize("student_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("momentum", [0.9, 1.0])
+def test_bf16_copy(momentum, student_dtype):
+    teacher, student = tensors((70, 3), (4, 6)), tensors((70, 3), (4, 6), seed=1, dtype=student_dtype)
+    copies = [torch.zeros(3, 70, dtype=torch.bfloat16).T, torch.zeros(4, 6, dtype=torch.bfloat16)]
+    ema_update_(teacher, student, momentum, bf16_copy=copies)
+    assert all(torch.equal(c, t.bfloat16()) for c, t in zip(copies, teacher, strict=True))
+
+
+# ---- stochastic rounding
+
+
+def test_philox_known_answers():
+    """The vectors of the Random123 distribution for Philox4x32-10."""
+    answers = {
+        (0, 0, 0, 0, 0, 0): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (*[0xFFFFFFFF] * 6,): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0): (
+            0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1,
+        ),
+    }  # fmt: skip
+    for (*counter, k0, k1), words in answers.items():
+        assert tuple(map(int, reference.philox(counter, (k0, k1)))) == words
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_random_bits_are_those_of_the_definition(dtype):
+    """Everything that a kernel may get wrong about the counter: index, step, seed, position, order in memory."""
+    shapes = ((300,), (2, 8, 3, 3), (7, 11), (1,), (4099,))
+    for seed, step, first in ((0, 0, 0), (2**63 + 12345, 2**31 + 5, 8), (-1, 2**32 - 1, 3)):
+        results = []
+        for backend in (None, "cpp", "reference"):
+            teacher, student = tensors(*shapes, dtype=dtype), tensors(*shapes, seed=1, dtype=dtype)
+            teacher[1] = teacher[1].to(memory_format=torch.channels_last)
+            student[1] = student[1].to(memory_format=torch.channels_last)
+            teacher[2] = teacher[2].T.contiguous().T
+            firsts = [first * index for index in range(len(shapes))] if first else None
+            if backend == "cpp" and not _library.extension:
+                continue
+            options = {"stochastic_rounding_seed": seed, "step": step, "first_elements": firsts, "backend": backend}
+            ema_update_(teacher, student, 0.99, **options)
+            results.append(teacher)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_rounds_to_a_neighbour_whose_mean_is_the_value(dtype):
+    values = torch.tensor([1.0013, -3.3e-5, 0.7, -0.1234, 2.0**-14 * 0.99, 3.1e-7, 2.0**-24 * 0.3, -65000.0, 0.0])
+    count = 20000
+    teacher, student = [torch.zeros(len(values), count, dtype=dtype)], [values[:, None].expand(-1, count)]
+    ema_update_(teacher, student, 0.0, stochastic_rounding_seed=3)
+    rounded = teacher[0].double()
+    nearest = values.to(dtype)
+    spacing = (torch.nextafter(nearest.abs(), torch.tensor(torch.inf, dtype=dtype)) - nearest.abs()).double()
+    assert ((rounded - values.double()[:, None]).abs() < spacing[:, None]).all()
+    # the standard deviation of the mean is at most half the distance of neighbours / sqrt(count)
+    assert ((rounded.mean(1) - values.double()).abs() <= 2.5 * spacing / count**0.5).all()
+
+
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_keeps_what_is_not_finite_and_overflows_to_infinity(dtype):
+    student = torch.tensor([torch.inf, -torch.inf, torch.nan, 3.4e38, -3.4e38]).repeat(50)
+    teacher = torch.zeros(250, dtype=dtype)
+    ema_update_([teacher], [student], 0.0, stochastic_rounding_seed=1)
+    expected = student.to(dtype)
+    largest = torch.finfo(dtype).max
+    finite = student.isfinite()
+    assert torch.equal(teacher[~finite].nan_to_num(7), expected[~finite].nan_to_num(7))
+    assert (teacher[finite].abs().double() >= largest).all() and torch.equal(
+        teacher[finite].sign(), student[finite].sign().to(dtype)
+    )
+
+
+def test_follows_the_fp32_teacher_where_rounding_to_nearest_stands_still():
+    # from 1 towards 2 at momentum 0.999: a step is a thousandth, an eighth of what bf16 can tell apart
+    count, steps = 4096, 5000
+    student = [torch.full((count,), 2.0)]
+    exact, stochastic, nearest = ([torch.ones(count, dtype=d)] for d in (torch.float32, torch.bfloat16, torch.bfloat16))
+    for step in range(steps):
+        ema_update_(exact, student, 0.999)
+        ema_update_(stochastic, student, 0.999, stochastic_rounding_seed=11, step=step)
+        ema_update_(nearest, student, 0.999)
+        if step in (50, 500, 2000, steps - 1):
+            moved = exact[0].mean().item() - 1
+            assert stochastic[0].float().mean().item() - 1 == pytest.approx(moved, rel=0.01 if step > 50 else 0.1)
+    assert torch.equal(nearest[0], torch.ones(count, dtype=torch.bfloat16))
+
+
+def test_resumes_and_differs_by_step_seed_and_tensor():
+    teacher, student = tensors((999,), (999,), dtype=torch.bfloat16), tensors((999,), (999,), seed=1)
+    teacher[1], student[1] = teacher[0].clone(), student[0].clone()
+
+    def after(seed, step):
+        result = [t.clone() for t in teacher]
+        ema_update_(result, student, 0.99, stochastic_rounding_seed=seed, step=step)
+        return result
+
+    first = after(1, 1)
+    assert torch.equal(first[0], after(1, torch.tensor(1))[0])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], after(1, 2)[0])
+    assert not torch.equal(first[0], after(2, 1)[0])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_gives_the_same_bits(isa):
+    program = (
+        "import torch, sys; from sslkernels import ema_update_; g = torch.Generator().manual_seed(0)\n"
+        "r = lambda: [torch.randn(s, generator=g) for s in ((4099,), (7, 5), (2, 3, 4, 5))]\n"
+        "t, s = r(), r(); b, h = [x.bfloat16() for x in t], [x.half() for x in t]\n"
+        "for m in (0.3, 0.999):\n"
+        "  for x in (t, b, h): ema_update_(x, s, m); ema_update_(x, s, m, stochastic_rounding_seed=5, step=2)\n"
+        "torch.save((t, b, h), sys.argv[1])"
+    )
+
+    def result(isa):
+        path = f"{os.environ.get('TMPDIR', '/tmp')}/ema_{os.getpid()}_{isa}.pt"
+        subprocess.run([sys.executable, "-c", program, path], check=True, env={**os.environ, "SSLKERNELS_ISA": isa})
+        loaded = torch.load(path)
+        os.remove(path)
+        return [tensor for group in loaded for tensor in group]
+
+    assert all(torch.equal(a, b) for a, b in zip(result(isa), result("baseline"), strict=True))
+
+
+# ---- torch
+
+
+def test_gradients_do_not_flow_and_autograd_notices():
+    for dtype in (torch.float32, torch.complex64):  # past the dispatcher, and through it
+        teacher, weight = (
+            torch.zeros(3, requires_grad=True, dtype=dtype),
+            torch.ones(3, requires_grad=True, dtype=dtype),
+        )
+        product = (teacher * weight).abs().sum()
+        ema_update_([teacher], [torch.ones(3, dtype=dtype)], 0.5)
+        assert teacher.requires_grad and teacher.grad_fn is None and teacher[0] == 0.5
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+@pytest.mark.parametrize("call", ["float", "tensor", "stochastic"])
+def test_compiles_whole_with_at_most_one_recompilation(call):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    momentum = torch.tensor(0.9) if call == "tensor" else 0.9
+    seed = 5 if call == "stochastic" else None
+
+    def update(teacher, student):
+        ema_update_(teacher, student, momentum, stochastic_rounding_seed=seed, step=3)
+
+    compiled = torch.compile(update, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (64, 96, 33):
+        teacher, student = (tensors((rows, 3), (rows,), seed=s, dtype=torch.bfloat16) for s in (0, 1))
+        expected = [t.clone() for t in teacher]
+        update(expected, student)
+        compiled(teacher, student)
+        assert all(torch.equal(t, e) for t, e in zip(teacher, expected, strict=True))
+    assert counter.frame_count <= 2
+    once, expected = tensors((5,))[0], tensors((5,))[0].lerp(torch.ones(5), 0.1)
+    compiled([once, once], 2 * [torch.ones(5)])
+    if call != "stochastic":
+        torch.testing.assert_close(once, expected)
+
+
+def test_operators_that_are_called_directly_check_too():
+    weight = torch.full((), 0.5, dtype=torch.float64)
+    update = torch.ops.sslkernels.ema_update_
+    require_or_skip(_library.extension, _library.extension_error)
+    with pytest.raises(RuntimeError, match="one shape"):
+        update([torch.zeros(3, 3)], [torch.zeros(3)], weight, None, [], None, None, [])
+    with pytest.raises(RuntimeError, match="as many students"):
+        update([torch.zeros(3)], [], weight, None, [], None, None, [])
+    with pytest.raises(RuntimeError, match="two keys"):
+        update([torch.zeros(3)], [torch.zeros(3)], weight, None, [], 1, torch.zeros((), dtype=torch.int64), [])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same(threads):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        teacher, student = (
+            tensors((300001,), (70000,), (13,), dtype=torch.bfloat16),
+            tensors((300001,), (70000,), (13,), seed=1),
+        )
+        expected = [t.clone() for t in teacher]
+        ema_update_(teacher, student, 0.9, stochastic_rounding_seed=1)
+        torch.set_num_threads(1)
+        ema_update_(expected, student, 0.9, stochastic_rounding_seed=1)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(t, e) for t, e in zip(teacher, expected, strict=True))
+
+
+# ---- what may be given
+
+
+def test_modules_are_matched_by_name_and_tied_parameters_updated_once():
+    class Tied(nn.Module):
+        def __init__(self, reverse=False):
+            super().__init__()
+            for name in ("b", "a") if reverse else ("a", "b"):
+                setattr(self, name, nn.Linear(4, 4))
+            self.tied = nn.Linear(4, 4)
+            self.tied.weight = self.a.weight
+
+    torch.manual_seed(0)
+    teacher, student = Tied(), Tied(reverse=True)
+    expected = {
+        name: p.detach().lerp(dict(student.named_parameters())[name], 0.25) for name, p in teacher.named_parameters()
+    }
+    ema_update_(teacher, student, 0.75)
+    torch.testing.assert_close({n: p.detach() for n, p in teacher.named_parameters()}, expected)
+
+
+def test_a_tensor_that_is_listed_twice_is_updated_once():
+    (teacher, other), (student, source) = tensors((50,), (3,)), tensors((50,), (3,), seed=1)
+    expected = teacher.lerp(student, 0.5)
+    ema_update_([teacher, other, teacher], [student, source, student], 0.5)
+    torch.testing.assert_close(teacher, expected)
+
+
+def test_any_iterable_will_do():
+    teacher, student = nn.Linear(3, 3), nn.Linear(3, 3)
+    ema_update_(teacher.parameters(), tuple(student.parameters()), 0.0)
+    assert torch.equal(teacher.weight, student.weight)
+    ema_update_([], [], 0.5)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_subclasses_go_through_the_dispatcher():
+    teacher, student = torch.zeros(3).as_subclass(Subclass), torch.ones(3)
+    ema_update_([teacher], [student], 0.5)
+    assert torch.equal(teacher.as_subclass(torch.Tensor), torch.full((3,), 0.5))
+
+
+def zeros(*shape, dtype=torch.float32, device="cpu"):
+    return [torch.zeros(shape, dtype=dtype, device=device)]
+
+
+Z = zeros(3)
+LINEAR = nn.Linear(3, 3)
+NARROW_Z, SHORT = zeros(3, dtype=torch.bfloat16), zeros(2, dtype=torch.bfloat16)
+ERRORS = [
+    # teacher, student, momentum, options, the error
+    (zeros(3, 3), Z, 0.5, {}, "ValueError: student[0] must have the shape of teacher[0], (3, 3), got (3,)"),
+    (Z, [], 0.5, {}, "ValueError: student must have 1 tensors like teacher, got 0"),
+    (Z[0], Z, 0.5, {}, "TypeError: teacher must be a list of tensors or a module, got Tensor"),
+    ([1.0], Z, 0.5, {}, "TypeError: teacher[0] must be a tensor, got float"),
+    (
+        LINEAR,
+        Z,
+        0.5,
+        {},
+        "TypeError: teacher and student must both be modules or both lists of tensors, got Linear and",
+    ),
+    (
+        LINEAR,
+        nn.Linear(3, 3, bias=False),
+        0.5,
+        {},
+        "ValueError: student must have the parameters of the other module, ",
+    ),
+    (
+        zeros(3, dtype=torch.int64),
+        Z,
+        0.5,
+        {},
+        "TypeError: teacher[0] must be floating-point or complex, got torch.int64",
+    ),
+    (Z, zeros(3, dtype=torch.complex64), 0.5, {}, "TypeError: student[0] must be complex where its teacher is, got "),
+    (Z, [Z[0].to_sparse()], 0.5, {}, "TypeError: student[0] must be dense, got torch.sparse_coo"),
+    (Z, zeros(3, device="meta"), 0.5, {}, "ValueError: student[0] must have the device of teacher[0], cpu, got meta"),
+    ([torch.zeros(1).expand(3)], Z, 0.5, {}, "ValueError: teacher[0] must not be expanded"),
+    (2 * Z, [*zeros(3), *zeros(3)], 0.5, {}, "ValueError: teacher[1] is listed before with another student"),
+    (Z, zeros(3), 1.5, {}, "ValueError: momentum must lie in [0, 1], got 1.5"),
+    (Z, zeros(3), torch.nan, {}, "ValueError: momentum must lie in [0, 1], got nan"),
+    (Z, zeros(3), "0.5", {}, "TypeError: momentum must be a float or a tensor, got str"),
+    (Z, zeros(3), torch.ones(2), {}, "ValueError: momentum must be a floating-point tensor of one element, got "),
+    (Z, zeros(3), 0.5, {"stochastic_rounding_seed": 2**64}, "ValueError: stochastic_rounding_seed must be None or an "),
+    (Z, zeros(3), 0.5, {"step": 0.5}, "TypeError: step must be an int or an int64 tensor, got float"),
+    (
+        Z,
+        zeros(3),
+        0.5,
+        {"step": torch.ones(1)},
+        "ValueError: step must be an int or an int64 tensor of one element, got ",
+    ),
+    (Z, zeros(3), 0.5, {"found_inf": True}, "TypeError: found_inf must be None or a tensor, got bool"),
+    (Z, zeros(3), 0.5, {"bf16_copy": []}, "ValueError: bf16_copy must have 1 items like teacher, got 0"),
+    (
+        Z,
+        zeros(3),
+        0.5,
+        {"bf16_copy": zeros(3)},
+        "TypeError: bf16_copy[0] must be bfloat16 and its teacher float32, got ",
+    ),
+    (
+        NARROW_Z,
+        zeros(3),
+        0.5,
+        {"bf16_copy": NARROW_Z},
+        "TypeError: bf16_copy[0] must be bfloat16 and its teacher float32",
+    ),
+    (
+        Z,
+        zeros(3),
+        0.5,
+        {"bf16_copy": SHORT},
+        "ValueError: bf16_copy[0] must have the shape of teacher[0], (3,), got (2,)",
+    ),
+    (Z, zeros(3), 0.5, {"first_elements": [0, 1]}, "ValueError: first_elements must have 1 items like teacher, got 2"),
+    (Z, zeros(3), 0.5, {"backend": "triton"}, "RuntimeError: backend 'triton' is not available on cpu"),
+]
+
+
+@pytest.mark.parametrize("teacher, student, momentum, options, error", ERRORS, ids=[error for *_, error in ERRORS])
+def test_errors_name_what_is_wrong(teacher, student, momentum, options, error):
+    kind, message = error.split(": ", 1)
+    with pytest.raises((TypeError, ValueError, RuntimeError)) as raised:
+        ema_update_(teacher, student, momentum, **options)
+    assert type(raised.value).__name__ == kind
+    assert str(raised.value).startswith(f"ema_update_: {message}")
+
+
+def test_nothing_is_written_when_one_tensor_is_wrong():
+    teacher, student = tensors((5,), (3, 3)), tensors((5,), (3,), seed=1)
+    before = [t.clone() for t in teacher]
+    with pytest.raises(ValueError, match="shape"):
+        ema_update_(teacher, student, 0.5)
+    assert all(torch.equal(t, b) for t, b in zip(teacher, before, strict=True))
