@@ -47,16 +47,20 @@ def check_momentum(momentum) -> None:
 
 
 def check_rounding(seed, step) -> None:
-    # the compiler makes integers symbolic, which know no numbers past 64 bits
-    if seed is not None and not torch.compiler.is_compiling():
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"{NAME}: stochastic_rounding_seed must be None or an integer of 64 bits, got {seed!r}")
+    if seed is not None and not _is_64_bits(seed):
+        raise ValueError(f"{NAME}: stochastic_rounding_seed must be None or an integer of 64 bits, got {seed!r}")
     if isinstance(step, torch.Tensor):
         if step.numel() != 1 or step.dtype != torch.int64:
             given = f"{step.dtype} of shape {tuple(step.shape)}"
             raise ValueError(f"{NAME}: step must be an int or an int64 tensor of one element, got {given}")
     elif isinstance(step, bool) or not isinstance(step, int):
         raise TypeError(f"{NAME}: step must be an int or an int64 tensor, got {type(step).__name__}")
+
+
+def _is_64_bits(seed) -> bool:
+    if torch.compiler.is_compiling():  # which makes integers symbolic: those know no numbers past 64 bits
+        return True
+    return isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**64
 
 
 def check_found_inf(found_inf) -> None:
