@@ -11,7 +11,7 @@ PIP = $(VENV_PYTHON) -m pip --disable-pip-version-check
 CPP = $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/cpp/*.* $(addprefix tests/cuda_on_cpu/*.,h cuh cpp))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format sanitize triton-report wheel build clean
+.PHONY: help demo test bench lint format sanitize triton-report cuda-report wheel build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -28,6 +28,9 @@ bench: build .venv/.bench ## measure against eager, torch.compile and lightly: J
 
 triton-report: build ## compile the Triton kernels ahead of time and rewrite their table of resources
 	$(VENV_PYTHON) tests/triton_aot.py
+
+cuda-report: build ## read the CUDA kernels' machine code and rewrite their table of resources
+	$(VENV_PYTHON) tests/cuda_aot.py
 
 sanitize: .venv/.installed ## run the C++ tests under AddressSanitizer + UBSan and under ThreadSanitizer
 	$(VENV_PYTHON) setup.py -q sanitize

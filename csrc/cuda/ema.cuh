@@ -150,7 +150,7 @@ __device__ __forceinline__ void load8(const void* from, float (&x)[kVector]) {
   constexpr int kWords = kVector * sizeof(typename T::Storage) / 16;
   alignas(16) typename T::Storage raw[kVector];
 #pragma unroll
-  for (int w = 0; w < kWords; w++) reinterpret_cast<uint4*>(raw)[w] = static_cast<const uint4*>(from)[w];
+  for (int w = 0; w < kWords; w++) reinterpret_cast<uint4*>(raw)[w] = load16(static_cast<const uint4*>(from) + w);
 #pragma unroll
   for (int i = 0; i < kVector; i++) x[i] = T::load(raw[i]);
 }
@@ -159,7 +159,7 @@ template <class Storage>
 __device__ __forceinline__ void store8(const Storage (&raw)[kVector], void* to) {
 #pragma unroll
   for (int w = 0; w < static_cast<int>(sizeof(raw)) / 16; w++)
-    static_cast<uint4*>(to)[w] = reinterpret_cast<const uint4*>(raw)[w];
+    store16(static_cast<uint4*>(to) + w, reinterpret_cast<const uint4*>(raw)[w]);
 }
 
 template <class Teacher, class Student>
@@ -299,6 +299,9 @@ __global__ void __launch_bounds__(kThreads)
       high = middle - 1;
   }
   const Entry& entry = table[low];
+  SSLK_ASSUME_GLOBAL(entry.teacher);
+  SSLK_ASSUME_GLOBAL(entry.student);
+  SSLK_ASSUME_GLOBAL(entry.copy);
   if (weight == 0 && !entry.copy) return;
   const int64_t begin = (blockIdx.x - entry.first_block) * kBlockElements;
   const int64_t end = begin + kBlockElements < entry.count ? begin + kBlockElements : entry.count;

@@ -23,7 +23,24 @@
 #define SSLK_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...) \
   (kernel)<<<grid, block, dynamic_bytes, stream>>>(__VA_ARGS__)
 
+// A pointer that was itself read from memory may be to any kind of it: this says that it is to global memory.
+#define SSLK_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
+
 namespace sslkernels {
+
+// 16 bytes of global memory at an address aligned to as much, in one access: left to itself nvcc may take them apart.
+__device__ __forceinline__ uint4 load16(const void* global) {
+  uint4 x;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(__cvta_generic_to_global(global)));
+  return x;
+}
+__device__ __forceinline__ void store16(void* global, uint4 x) {
+  asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(global)), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
 
 // Starts a copy of 16 bytes, both addresses aligned to as much; cp_async_commit closes a group of them, and
 // cp_async_wait<N> waits until at most N of this thread's groups are on the way. Other threads need a barrier besides.

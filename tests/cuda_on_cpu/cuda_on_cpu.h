@@ -34,6 +34,7 @@ inline void* shared_variable(const void* tag, size_t bytes, size_t alignment) {
 
 }  // namespace cuda_on_cpu
 
+#define SSLK_ASSUME_GLOBAL(pointer) static_cast<void>(pointer)
 #define SSLK_SHARED(type, name, ...)                  \
   typedef type name##_shared __VA_ARGS__;             \
   static const char name##_tag = 0;                   \
