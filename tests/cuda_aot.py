@@ -92,9 +92,10 @@ def render(rows: list[Resources]) -> str:
     lines = [
         "# Resources of the CUDA kernels",
         "",
-        f"Compiled by nvcc {nvcc_version()}, without a GPU; `make cuda-report` rewrites this file. Registers and bytes",
-        "of stack are those of a thread, bytes of shared memory those of a block; the last columns count instructions",
-        "that load and store 16 bytes. Asserted: no spills, no stack, and 16-byte accesses wherever there is no float64.",
+        f"Compiled by nvcc {nvcc_version()}, without a GPU; `make cuda-report` rewrites this file.",
+        "Registers and bytes of stack are those of a thread, bytes of shared memory those of a block; the last columns",
+        "count instructions that load and store 16 bytes. Asserted: no spills, no stack, and 16-byte accesses wherever",
+        "there is no float64.",
     ]
     columns = "| kernel | registers | spills | stack | shared | 16-byte loads | 16-byte stores |"
     for target in TARGETS:

@@ -7,8 +7,6 @@
 
 namespace sslkernels {
 
-// The destination holds poison from the issue to the wait, as on the GPU it may hold the old or the new: whoever reads
-// it without waiting, or had not finished with the old, gets NaN.
 inline uint4 load16(const void* global, cuda_on_cpu::Where where = cuda_on_cpu::Where::here()) {
   if (reinterpret_cast<uintptr_t>(global) % 16) cuda_on_cpu::current_block->fail("misaligned load of 16 bytes", where);
   return *static_cast<const uint4*>(global);
@@ -18,6 +16,8 @@ inline void store16(void* global, uint4 x, cuda_on_cpu::Where where = cuda_on_cp
   *static_cast<uint4*>(global) = x;
 }
 
+// The destination holds poison from the issue to the wait, as on the GPU it may hold the old or the new: whoever reads
+// it without waiting, or had not finished with the old, gets NaN.
 inline void cp_async16(void* shared, const void* global, cuda_on_cpu::Where where = cuda_on_cpu::Where::here()) {
   cuda_on_cpu::AsyncCopy copy;
   cuda_on_cpu::Block& block = *cuda_on_cpu::current_block;

@@ -96,7 +96,7 @@ def _with_options(name: str, transform=None) -> Case:
 
 
 def _misaligned(teacher, student):
-    return [torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in teacher], student
+    return teacher, [torch.cat([s.flatten()[:1], s.flatten()])[1:].view(s.shape) for s in student]
 
 
 EMA_CASES = (

@@ -62,8 +62,10 @@ def _round_stochastically(value, random, TEACHER: tl.constexpr):
 @triton.jit
 def _load(ptr, position, mask):
     if mask is None:
-        return tl.load(ptr + position).to(tl.float32)
-    return tl.load(ptr + position, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(ptr + position)
+    else:
+        x = tl.load(ptr + position, mask=mask, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -100,14 +102,13 @@ def _ema_update_kernel(
     weight = 1 - tl.load(momentum_ptr)  # fp64
     if HAS_FOUND_INF:
         weight = tl.where(tl.load(found_inf_ptr) == 0, weight, 0.0)
-    teacher_at, student_at, copy_at = tl.load(row), tl.load(row + TENSORS), tl.load(row + 2 * TENSORS)
+    teacher_ptr = tl.load(row).to(tl.pointer_type(TEACHER))
+    student_ptr = tl.load(row + TENSORS).to(tl.pointer_type(STUDENT))
+    copy_ptr = tl.load(row + 2 * TENSORS).to(tl.pointer_type(tl.bfloat16))
     if ALIGNED:
-        teacher_at, student_at, copy_at = (
-            tl.multiple_of(teacher_at, 16), tl.multiple_of(student_at, 16), tl.multiple_of(copy_at, 16)
-        )  # fmt: skip
-    teacher_ptr = teacher_at.to(tl.pointer_type(TEACHER))
-    student_ptr = student_at.to(tl.pointer_type(STUDENT))
-    copy_ptr = copy_at.to(tl.pointer_type(tl.bfloat16))
+        teacher_ptr = tl.multiple_of(teacher_ptr, 16)
+        student_ptr = tl.multiple_of(student_ptr, 16)
+        copy_ptr = tl.multiple_of(copy_ptr, 16)
     count = tl.load(row + 3 * TENSORS)
     start = (tl.program_id(0) - tl.load(row + 8 * TENSORS)) * BLOCK
     position = start + tl.arange(0, BLOCK)
