@@ -55,8 +55,8 @@ class EMATeacher(nn.Module):
         capturable: keep the number of updates and the momentum on the device, so that `update` can be captured in a
             CUDA graph; None: unless the teacher is on the CPU. Callables are then given an int64 tensor of one element.
         decay, min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, exclude_buffers, foreach: as
-            in timm's ``ModelEmaV3``; ``decay`` is another name of ``momentum``, and with it buffers are averaged unless
-            ``exclude_buffers``. Updates without ``step`` are counted here; timm ignores warm-up and delay then.
+            in timm's ``ModelEmaV3``; ``decay`` is another name of ``momentum``. With any of them buffers are averaged
+            unless ``exclude_buffers``. Updates without ``step`` are counted here; timm ignores warm-up and delay then.
         use_buffers, avg_fn, multi_avg_fn: as in ``torch.optim.swa_utils.AveragedModel``; of the functions, those that
             ``torch.optim.swa_utils`` makes.
 
@@ -90,13 +90,12 @@ class EMATeacher(nn.Module):
         self.momentum, self.buffer_mode = ema_peers.translate(momentum, MOMENTUM, buffers, peer_arguments)
         _check_arguments(model, teacher, self.momentum, self.buffer_mode, stochastic_rounding_seed)
         self.stochastic_rounding_seed = stochastic_rounding_seed
-        self.module = copy.deepcopy(unwrapped(model)) if teacher is None else unwrapped(teacher)
-        self.module.to(device=device, dtype=dtype)
+        self.module = copy.deepcopy(unwrapped(model)) if teacher is None else teacher
+        if device is not None or dtype is not None:
+            self.module.to(device=device, dtype=dtype)
         self.module.eval().requires_grad_(False)
         self._plan: Plan | None = Plan(self.module, unwrapped(model))
-        targets, _ = self._plan.parameters()
-        count = torch.zeros((), dtype=torch.int64, device=targets[0].device if targets else device)
-        self.register_buffer("n_averaged", count)
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=self._plan.device))
         self.capturable = capturable
 
     @property

@@ -27,7 +27,7 @@ class PeerArguments:
     multi_avg_fn: object = None
 
 
-def translate(momentum, default: float, buffers: str | None, given: dict) -> tuple[object, str]:
+def translate(momentum, default, buffers: str | None, given: dict) -> tuple[object, str]:
     """Momentum and mode of the buffers that ``given``, the arguments of a peer, ask for."""
     known = [field.name for field in dataclasses.fields(PeerArguments)]
     unknown = [name for name in given if name not in known]
@@ -35,16 +35,13 @@ def translate(momentum, default: float, buffers: str | None, given: dict) -> tup
         raise TypeError(f"{NAME}: there is no argument {unknown[0]!r}; those of peers are {', '.join(known)}")
     peer = PeerArguments(**given)
     average = averaging(peer.avg_fn, peer.multi_avg_fn)
-    others = [name for name in ("decay", "multi_avg_fn", "avg_fn") if getattr(peer, name) is not None]
-    if others and momentum != default:
-        others.insert(0, "momentum")
-    if len(others) > 1:
-        raise ValueError(f"{NAME}: {others[1]} must not be given besides {others[0]}, got both")
-    timm = peer.decay is not None or peer.use_warmup or peer.update_after_step
-    return (
-        _timm_decay(peer, momentum) if timm else average or momentum,
-        _buffers(peer, buffers),
-    )
+    timm = peer.decay is not None or peer.use_warmup or peer.update_after_step > 0
+    ways = ["momentum"] if momentum is not default else []
+    ways += ["decay"] if peer.decay is not None else ["use_warmup or update_after_step"] if timm and average else []
+    ways += ["an averaging function"] if average else []
+    if len(ways) > 1:
+        raise ValueError(f"{NAME}: the momentum must be given in one way, got {' and '.join(ways)}")
+    return (_timm_decay(peer, momentum) if timm else average or momentum), _buffers(peer, buffers, timm)
 
 
 def averaging(avg_fn, multi_avg_fn) -> ConstantMomentum | EqualMomentum | None:
@@ -77,11 +74,11 @@ def _timm_decay(peer: PeerArguments, momentum) -> TimmDecay:
     )
 
 
-def _buffers(peer: PeerArguments, buffers: str | None) -> str:
+def _buffers(peer: PeerArguments, buffers: str | None, timm: bool) -> str:
     if buffers is not None:
         return buffers
     if peer.exclude_buffers is not None:
         return "copy" if peer.exclude_buffers else "ema"
     if peer.use_buffers is not None:
         return "ema" if peer.use_buffers else "copy"
-    return "copy" if peer.decay is None else "ema"
+    return "ema" if timm else "copy"

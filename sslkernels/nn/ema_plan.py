@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -64,9 +65,9 @@ def first_element(name: str, tensor: torch.Tensor) -> int:
     return first_row * (tensor.numel() // rows if rows else 0)
 
 
-def same(now: list, before: list) -> bool:
-    """The same objects; ``==`` would compare the tensors."""
-    return len(now) == len(before) and all(map(operator.is_, now, before))
+def same(now: Iterable, before: Iterable) -> bool:
+    """The same objects, of two equally long lists; ``==`` would compare the tensors."""
+    return all(map(operator.is_, now, before))
 
 
 class Inventory:
@@ -77,11 +78,11 @@ class Inventory:
         self.sharded = sharded_modules(root)
         self.reshard()
         modules = list(root.named_modules())
-        fixed = [d for _, module in modules for d in (module._modules, module._parameters)]
-        self._all_dicts = [*fixed, *(module._buffers for _, module in modules)]
-        self._count = sum(map(len, self._all_dicts))
-        self._dicts = [d for d in fixed if d]  # an empty one shows in the count as soon as it is not
-        self._objects = self._now()
+        self._dicts = [d for _, module in modules for d in (module._modules, module._parameters)]
+        self._full_dicts = [d for d in self._dicts if d]  # one that is empty shows in the count once it is not
+        self._buffer_dicts = [module._buffers for _, module in modules]
+        self._objects = list(self._now())
+        self._buffer_count = sum(map(len, self._buffer_dicts))
         self.parameters = self._named((path, module._parameters) for path, module in modules)
         # a buffer may be a new tensor at every step, so what is kept is where it lies
         self._slots = self._located((path, module._buffers) for path, module in modules)
@@ -98,15 +99,20 @@ class Inventory:
         located = self._located(owners)
         return {name: d[key] for name, (d, key) in located.items() if d[key] is not None}
 
-    def _now(self) -> list:
-        return list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
+    def _now(self) -> Iterator:
+        return itertools.chain.from_iterable(map(dict.values, self._full_dicts))
 
     def reshard(self) -> None:
         for module in self.sharded:
             module.reshard()
 
     def current(self) -> bool:
-        return sum(map(len, self._all_dicts)) == self._count and same(self._now(), self._objects)
+        # once per update and entry: nothing but C loops
+        return (
+            sum(map(len, self._dicts)) == len(self._objects)
+            and sum(map(len, self._buffer_dicts)) == self._buffer_count
+            and same(self._now(), self._objects)
+        )
 
     def buffers(self) -> list[torch.Tensor | None]:
         return [d.get(key) for d, key in self._slots.values()]
@@ -119,6 +125,7 @@ class Inventory:
 class Plan:
     """Pairs of teacher and student tensors. Every list is of local shards, on whatever devices they are."""
 
+    @torch.no_grad()
     def __init__(self, teacher: nn.Module, student: nn.Module):
         self.teacher, self.student = Inventory(teacher), Inventory(student)
         ours, theirs = self.teacher.parameters, self.student.parameters
@@ -152,6 +159,12 @@ class Plan:
             side.reshard()
         return self.teacher.current() and self.student.current()
 
+    @property
+    def device(self) -> torch.device | None:
+        """Of the teacher's first parameter or buffer."""
+        tensors = [*self._targets, *self.teacher.named_buffers().values()]
+        return tensors[0].device if tensors else None
+
     def parameters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         if not self._has_shards:
             return self._targets, self._sources
@@ -170,7 +183,7 @@ class Plan:
         """Those to average and those to copy, each as teachers and students; what to leave alone is in neither."""
         now = [*self.teacher.buffers(), *self.student.buffers()]
         known, before, pairs = self._known_buffers
-        if known != mode or not same(now, before) or any(_shapes(ours) != _shapes(theirs) for ours, theirs in pairs):
+        if mode != known or not same(now, before) or any(_shapes(ours) != _shapes(theirs) for ours, theirs in pairs):
             pairs = self._match_buffers(mode)
             self._known_buffers = (mode, now, pairs)
         return pairs
