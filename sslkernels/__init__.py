@@ -1,4 +1,7 @@
-"""Fused kernels for self-supervised training."""
+"""Fused kernels for self-supervised training.
+
+The functions are here; `sslkernels.nn` has the modules, such as the momentum teacher `sslkernels.nn.EMATeacher`.
+"""
 
 from sslkernels._library import Backend, backends
 from sslkernels.ops import ContrastiveStats, ema_update_, nt_xent

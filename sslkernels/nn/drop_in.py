@@ -13,8 +13,8 @@ class ModelEmaV3(EMATeacher):
     """In place of ``timm.utils.ModelEmaV3``.
 
     Where it differs: tensors are matched by name, tied parameters are updated once, buffers that are not in the
-    ``state_dict`` are copied, float16 is rounded stochastically like bfloat16, and updates without ``step`` are counted
-    where warm-up or delay is asked for, which timm ignores then.
+    ``state_dict`` are copied, float16 is rounded stochastically like bfloat16, updates without ``step`` are counted
+    where warm-up or delay is asked for, which timm ignores then, and ``get_decay()`` is that of the next update.
     """
 
     def __init__(

@@ -64,9 +64,9 @@ class EMATeacher(nn.Module):
         TypeError, ValueError: an argument is not as described, or the student has gained, lost or resized a parameter
             or buffer; the message names it. Nothing has been written then.
 
-    The ``state_dict`` holds the teacher, the number of updates, the seed and the momentum or schedule, and loading it
-    resumes exactly; a callable of the user's own is not saved. Those of the peers above can be loaded too. Copies and
-    pickles know no student: the next `update` has to be given one.
+    The ``state_dict`` holds the teacher, the number of updates, the seed, the momentum or schedule and what becomes of
+    buffers. Loading it resumes exactly: it wins over the arguments. A callable of the user's own is not saved. Those
+    of the peers above can be loaded too. Copies and pickles know no student: the next `update` has to be given one.
 
     Source: Tarvainen and Valpola, Mean teachers are better role models (2017).
 
@@ -93,8 +93,8 @@ class EMATeacher(nn.Module):
         self.module = copy.deepcopy(unwrapped(model)) if teacher is None else teacher
         if device is not None or dtype is not None:
             self.module.to(device=device, dtype=dtype)
-        self.module.eval().requires_grad_(False)
         self._plan: Plan | None = Plan(self.module, unwrapped(model))
+        self.module.eval().requires_grad_(False)
         self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64, device=self._plan.device))
         self.capturable = capturable
 
@@ -190,11 +190,15 @@ class EMATeacher(nn.Module):
         return self
 
     def get_extra_state(self) -> dict:
-        return {"seed": self.stochastic_rounding_seed, "momentum": schedules.encode(self.momentum)}
+        return {
+            "momentum": schedules.encode(self.momentum),
+            "buffers": self.buffer_mode,
+            "seed": self.stochastic_rounding_seed,
+        }
 
     def set_extra_state(self, state: dict) -> None:
-        if "seed" in state:
-            self.stochastic_rounding_seed = state["seed"]
+        self.buffer_mode = state.get("buffers", self.buffer_mode)
+        self.stochastic_rounding_seed = state.get("seed", self.stochastic_rounding_seed)
         momentum = schedules.decode(state.get("momentum"))
         if isinstance(momentum, torch.Tensor) and isinstance(self.momentum, torch.Tensor):
             self.momentum.data.copy_(momentum)  # others may hold this tensor, a CUDA graph for one
