@@ -75,18 +75,20 @@ def assert_same_values(whole: nn.Module, sharded: nn.Module) -> None:
         assert torch.equal(buffer, whole.get_buffer(name)), name
 
 
-def fully_sharded(rank: int, dtype: torch.dtype, seed: int | None) -> None:
+def fully_sharded(rank: int, dtype: torch.dtype, seed: int | None, mesh_shape: tuple[int, ...]) -> None:
     """The teacher of a sharded student has the bits of one that follows the same student in one process."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
     options = {"momentum": CosineMomentum(STEPS, 0.7), "stochastic_rounding_seed": seed}
     whole = network(dtype)
     expected = EMATeacher(whole, **options)
     student = network(dtype)
     copied = copy.deepcopy(student)
     for model in (student, copied):
-        fully_shard(model[0])
-        fully_shard(model)
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
     teacher = EMATeacher(student, teacher=copied, **options)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(1)

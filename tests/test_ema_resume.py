@@ -203,9 +203,10 @@ def test_a_momentum_tensor_is_read_at_every_update():
 # ---- several processes
 
 
+@pytest.mark.parametrize("mesh_shape", [(2,), (1, 2), (2, 1)], ids=["sharded", "hybrid", "replicated"])
 @pytest.mark.parametrize("dtype, seed", [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 7)])
-def test_a_sharded_teacher_equals_that_of_one_process(dtype, seed):
-    ema_children.run(ema_children.fully_sharded, 2, dtype, seed)
+def test_a_sharded_teacher_equals_that_of_one_process(dtype, seed, mesh_shape):
+    ema_children.run(ema_children.fully_sharded, 2, dtype, seed, mesh_shape)
 
 
 @pytest.mark.parametrize(

@@ -168,8 +168,9 @@ class EMATeacher(nn.Module):
         with torch.no_grad():
             targets, sources = plan.everything(self.buffer_mode)
             own = [source.clone() for source in sources]
-            _copy(sources, targets)
         try:
+            with torch.no_grad():
+                _copy(sources, targets)
             yield plan.student.root if model is None else model
         finally:
             plan.student.reshard()
