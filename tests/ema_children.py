@@ -90,6 +90,7 @@ def fully_sharded(rank: int, dtype: torch.dtype, seed: int | None, mesh_shape: t
         fully_shard(model[0], mesh=mesh)
         fully_shard(model, mesh=mesh)
     teacher = EMATeacher(student, teacher=copied, **options)
+    plan = teacher._plan
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
@@ -103,6 +104,7 @@ def fully_sharded(rank: int, dtype: torch.dtype, seed: int | None, mesh_shape: t
         teacher.update()
         expected.update()
         assert_same_values(expected.module, teacher.module)
+    assert teacher._plan is plan, "gathered parameters count as new ones"
     assert not torch.equal(expected.module[0].weight, network(dtype)[0].weight)
 
     own = {name: parameter.full_tensor() for name, parameter in student.named_parameters()}

@@ -253,6 +253,9 @@ CHANGES = {
         "extra", nn.Linear(1, 1)
     ),
     "student must have no parameter that the teacher lacks, got 'embed.bias'": lambda m: resize(m.embed, "bias", 4),
+    "student must have no parameter that the teacher lacks, got 'body.scale'": lambda m: m.body.register_parameter(
+        "scale", nn.Parameter(torch.ones(1))
+    ),
     "student must have every parameter of the teacher, lacks 'head.bias'": lambda m: setattr(m.head, "bias", None),
     "student must have every parameter of the teacher, lacks 'body.0.bias', 'body.0.weight'": lambda m: setattr(
         m.body, "0", nn.Identity()
