@@ -24,8 +24,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--quick"):
         return
-    smallest = min((item.callspec.params["case"].cost.flops for item in items), default=0)
-    items[:] = [item for item in items if item.callspec.params["case"].cost.flops == smallest]
+    flops = {item: item.callspec.params["case"].cost.flops for item in items}
+    smallest = {item.module: min(flops[other] for other in items if other.module is item.module) for item in items}
+    items[:] = [item for item in items if flops[item] == smallest[item.module]]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -78,6 +79,37 @@ def race(request, benchmark, checked):
                 case, direction, times, {name: s.summary()["median"] for name, (_, s) in started.rates.items()}
             ),
         )
+
+    return run
+
+
+@pytest.fixture
+def device(request):
+    return request.config.getoption("--device")
+
+
+@pytest.fixture
+def race_calls(request, benchmark, device):
+    """Races calls that move memory: times, and the share of a bandwidth that was measured in turn with them."""
+    quick = request.config.getoption("--quick")
+
+    def run(spec, case, runs, rates, traffic, peers):
+        """``traffic``: bytes that a call must move; ``peers``: names of ratios, and whose times they divide."""
+        rounds = 3 if quick else 21
+        rates = rates | {"copy": measure.rates(device)["copy"]}
+        started = measure.Race(runs, rates, device, rounds, budget=0.2 if quick else 6.0)
+        benchmark.group = case.name
+        benchmark.pedantic(runs["ours fp32"], setup=started.run_round, rounds=rounds)
+        times = {label: samples.summary() for label, samples in started.samples.items()}
+        medians = {name: samples.summary()["median"] for name, (_, samples) in started.rates.items()}
+        seconds = {label: entry["median"] for label, entry in times.items()}
+        ratios = {name: seconds[a] / seconds[b] for name, (a, b) in peers.items() if a in seconds}
+        bandwidth = next(iter(medians.values())) * 1e9
+        ratios |= {f"bandwidth {label}": count / bandwidth / seconds[label] for label, count in traffic.items()}
+        benchmark.extra_info.update(
+            op=spec.name, case=case.name, direction="update", device=device, contenders=times, rates=medians,
+            roofline={}, ratios=ratios,
+        )  # fmt: skip
 
     return run
 

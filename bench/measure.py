@@ -139,10 +139,10 @@ def watched(function: Callable[[], float]) -> tuple[float, float]:
 
 def clock(function: Callable[[], object], calls: int, device: str) -> tuple[float, float]:
     """Seconds a call, and the share of them that our threads waited for a core."""
-    return watched(functools.partial(_seconds, function, calls, device))
+    return watched(functools.partial(seconds_of, function, calls, device))
 
 
-def _seconds(function: Callable[[], object], calls: int, device: str) -> float:
+def seconds_of(function: Callable[[], object], calls: int, device: str) -> float:
     start = time.perf_counter()
     for _ in range(calls):
         function()
@@ -203,11 +203,11 @@ def _mm_operands(dtype: torch.dtype, device: str):
 
 
 def _mm_rate(out: torch.Tensor, a: torch.Tensor, device: str) -> float:
-    return 2 * out.numel() * a.shape[1] / _seconds(lambda: torch.mm(a, a.T, out=out), 10, device) / 1e9
+    return 2 * out.numel() * a.shape[1] / seconds_of(lambda: torch.mm(a, a.T, out=out), 10, device) / 1e9
 
 
 def _copy_rate(out: torch.Tensor, source: torch.Tensor, device: str) -> float:
-    return 2 * source.numel() * source.element_size() / _seconds(lambda: out.copy_(source), 1, device) / 1e9
+    return 2 * source.numel() * source.element_size() / seconds_of(lambda: out.copy_(source), 1, device) / 1e9
 
 
 def roofline(cost: Cost, direction: str, dtype: str, measured: dict[str, float]) -> float | None:

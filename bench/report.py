@@ -26,11 +26,9 @@ def report(results: dict) -> str:
             _machine(results),
             "## Times\n\nMilliseconds: median [quartiles]. Extra memory: MiB at the peak of a forward and backward, "
             "gradients included.\n\n" + _table(*_times(races)),
-            "## Ratios\n\nHow many times faster ours is in fp32, and the share that it reaches of the roofline: the "
-            "op's arithmetic at the rate of a multiply-add loop on registers, plus its exponentials.\n\n"
-            + _table(*_ratios(races)),
+            *(_ratios_of(op, [race for race in races if race["op"] == op]) for op in _ops(races)),
             "## Rates of this machine\n\nMeasured in turn with the times above: GFLOP/s of multiply-adds (fma) and of "
-            "torch.mm, billions of exponentials a second, GB/s of a copy.\n\n" + _table(*_rates(races)),
+            "torch.mm, billions of exponentials a second, GB/s of a copy and of a lerp_.\n\n" + _table(*_rates(races)),
             _disturbances(races),
         ]
     )
@@ -76,6 +74,32 @@ def _times(races: list[dict]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
+def _ops(races: list[dict]) -> list[str]:
+    return list(dict.fromkeys(race["op"] for race in races))
+
+
+def _ratios_of(op: str, races: list[dict]) -> str:
+    """Ops of arithmetic have a roofline of flops; those that move memory name their ratios themselves."""
+    if any("share of roofline fp32" in race["ratios"] or race["roofline"] for race in races):
+        return (
+            f"## Ratios of {op}\n\nHow many times faster ours is in fp32, and the share that it reaches of the "
+            "roofline: the op's arithmetic at the rate of a multiply-add loop on registers, plus its exponentials.\n\n"
+            + _table(*_ratios(races))
+        )
+    names = list(dict.fromkeys(name for race in races for name in race["ratios"]))
+    rows = [
+        [
+            race["case"],
+            *(_number(race["ratios"].get(name), "{:.0%}" if "bandwidth" in name else "{:.2f}") for name in names),
+        ]
+        for race in races
+    ]
+    return (
+        f"## Ratios of {op}\n\nHow many times faster ours is, and the share that it reaches of the bandwidth: the "
+        "bytes it must move at the rate of one large lerp_ of the same run.\n\n" + _table(["case", *names], rows)
+    )
+
+
 def _ratios(races: list[dict]) -> tuple[list[str], list[list[str]]]:
     columns = ["op", "case", "direction", *RATIOS, "extra MiB", "bf16 extra MiB"]
     rows = []
@@ -93,11 +117,15 @@ def _rates(races: list[dict]) -> tuple[list[str], list[list[str]]]:
         [
             race["case"],
             race["direction"],
-            *(_number(race["rates"].get(name, 0) / (1e9 if name == "exp" else 1), "{:.1f}") for name in names),
+            *(_number(_in_giga(name, race["rates"].get(name)), "{:.1f}") for name in names),
         ]
         for race in races
     ]
     return ["case", "direction", *names], rows
+
+
+def _in_giga(name: str, rate: float | None) -> float | None:
+    return rate and rate / (1e9 if name == "exp" else 1)
 
 
 def _disturbances(races: list[dict]) -> str:

@@ -34,6 +34,11 @@ def quick(tmp_path_factory):
     return json.loads(file.read_text()), file.with_suffix(".md").read_text(), ran.stdout
 
 
+def of_op(results, op):
+    races = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+    return [race for race in races if race["op"] == op]
+
+
 def table(markdown, heading):
     """The rows below a heading, by column."""
     lines = markdown.partition(f"## {heading}")[2].partition("\n## ")[0].splitlines()
@@ -43,7 +48,7 @@ def table(markdown, heading):
 
 def test_the_race_leaves_ratios_of_its_own_medians(quick):
     results, _, _ = quick
-    races = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
+    races = of_op(results, "nt_xent")
     assert {race["direction"] for race in races} == {"forward", "forward+backward"}
     for race in races:
         seconds = {label: entry["median"] for label, entry in race["contenders"].items()}
@@ -61,8 +66,7 @@ def test_the_roofline_is_the_cost_at_the_measured_rates(quick):
     results, _, _ = quick
     spec = next(spec for spec in ops() if spec.name == "nt_xent")
     cases = {case.name: case for case in spec.cases}
-    for benchmark in results["benchmarks"]:
-        race = benchmark["extra_info"]
+    for race in of_op(results, "nt_xent"):
         if _library.extension is None:
             assert race["roofline"] == {"fp32": None, "bf16": None}
             continue
@@ -82,23 +86,35 @@ def test_the_table_has_what_a_reader_needs(quick):
     machine = results["machine_info"]["sslkernels"]
     for fact in (machine["processor"], machine["versions"]["torch"], results["commit_info"].get("id", "unknown")):
         assert fact in markdown
-    ratios = table(markdown, "Ratios")
+    ratios = table(markdown, "Ratios of nt_xent")
     assert list(ratios[0]) == ["op", "case", "direction", *report.RATIOS, "extra MiB", "bf16 extra MiB"]
     assert len(ratios) == 2
     contenders = {row["contender"] for row in table(markdown, "Times")}
     assert {"eager fp32", "ours fp32", "ours bf16", "roofline fp32"} <= contenders
 
 
+def test_the_moving_average_is_measured_by_the_bandwidth_of_the_same_run(quick):
+    results, markdown, _ = quick
+    [race] = of_op(results, "ema_update_")
+    seconds = {label: entry["median"] for label, entry in race["contenders"].items()}
+    assert race["ratios"]["over foreach"] == pytest.approx(seconds["foreach fp32"] / seconds["ours fp32"])
+    share = 12 * 64000 / (race["rates"]["lerp"] * 1e9) / seconds["ours fp32"]
+    assert race["ratios"]["bandwidth ours fp32"] == pytest.approx(share)
+    [row] = table(markdown, "Ratios of ema_update_")
+    assert row["case"] == "thousand" and row["bandwidth ours fp32"] == f"{share:.0%}"
+
+
 def test_the_table_follows_the_figures(quick):
     results = copy.deepcopy(quick[0])
-    race = results["benchmarks"][0]["extra_info"]
+    race = of_op(results, "nt_xent")[0]
     race["contenders"]["ours fp32"].update(median=0.0125, quartiles=[0.012, 0.013], samples=5, disturbed=0)
     race["ratios"]["over eager fp32"] = 7.25
     race["ratios"]["share of roofline fp32"] = 0.913
     markdown = report.report(results)
-    row = table(markdown, "Ratios")[0]
+    row = table(markdown, "Ratios of nt_xent")[0]
     assert (row["× eager"], row["of roofline"]) == ("7.25", "91%")
-    times = {(row["direction"], row["contender"]): row["ms"] for row in table(markdown, "Times")}
+    rows = [row for row in table(markdown, "Times") if row["op"] == "nt_xent"]
+    times = {(row["direction"], row["contender"]): row["ms"] for row in rows}
     assert times[race["direction"], "ours fp32"] == "12.5 [12, 13]"
 
 
@@ -108,7 +124,7 @@ def test_figures_of_a_busy_machine_are_called_so(quick):
         for entry in benchmark["extra_info"]["contenders"].values():
             entry.update(samples=4, disturbed=1)
     assert "do not rely" not in report.report(results)
-    results["benchmarks"][0]["extra_info"]["contenders"]["ours bf16"].update(samples=0, disturbed=9)
+    of_op(results, "nt_xent")[0]["contenders"]["ours bf16"].update(samples=0, disturbed=9)
     assert "do not rely on the figures of:** views512_d128 forward ours bf16." in report.report(results)
 
 

@@ -61,7 +61,7 @@ def _round_stochastically(value, random, TEACHER: tl.constexpr):
 
 @triton.jit
 def _load(ptr, position, mask):
-    if mask is None:
+    if mask is None:  # noqa: SIM108  Triton compiles one branch
         x = tl.load(ptr + position)
     else:
         x = tl.load(ptr + position, mask=mask, other=0.0)
