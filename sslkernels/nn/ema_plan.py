@@ -78,9 +78,11 @@ class Inventory:
         self.sharded = sharded_modules(root)
         self.reshard()
         modules = list(root.named_modules())
-        self._dicts = [d for _, module in modules for d in (module._modules, module._parameters)]
-        self._full_dicts = [d for d in self._dicts if d]  # one that is empty shows in the count once it is not
-        self._buffer_dicts = [module._buffers for _, module in modules]
+        fixed = [d for _, module in modules for d in (module._modules, module._parameters)]
+        buffers = [module._buffers for _, module in modules]
+        self._empty_dicts = [d for d in fixed + buffers if not d]
+        self._dicts = [d for d in fixed if d]
+        self._buffer_dicts = [d for d in buffers if d]
         self._objects = list(self._now())
         self._buffer_count = sum(map(len, self._buffer_dicts))
         self.parameters = self._named((path, module._parameters) for path, module in modules)
@@ -100,7 +102,7 @@ class Inventory:
         return {name: d[key] for name, (d, key) in located.items() if d[key] is not None}
 
     def _now(self) -> Iterator:
-        return itertools.chain.from_iterable(map(dict.values, self._full_dicts))
+        return itertools.chain.from_iterable(map(dict.values, self._dicts))
 
     def reshard(self) -> None:
         for module in self.sharded:
@@ -109,7 +111,8 @@ class Inventory:
     def current(self) -> bool:
         # once per update and entry: nothing but C loops
         return (
-            sum(map(len, self._dicts)) == len(self._objects)
+            not any(self._empty_dicts)
+            and sum(map(len, self._dicts)) == len(self._objects)
             and sum(map(len, self._buffer_dicts)) == self._buffer_count
             and same(self._now(), self._objects)
         )
