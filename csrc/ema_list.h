@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <deque>
 #include <initializer_list>
+#include <unordered_set>
 #include <vector>
 
 #include "dtype.h"
@@ -92,9 +93,13 @@ struct EmaLayout {
 
 class EmaList {
  public:
-  explicit EmaList(size_t size) { tensors.reserve(size); }
+  explicit EmaList(size_t size) {
+    tensors.reserve(size);
+    written_.reserve(size);
+  }
 
-  // All of one shape. Returns false, and adds nothing, where two elements of what is written may be one.
+  // All of one shape. Returns false, and adds nothing, where two elements of what is written may be one, or where
+  // memory is missing.
   bool add(const TensorView& teacher, const TensorView& student, const TensorView* copy, uint32_t index,
            int64_t first) {
     EmaTensor t{};
@@ -108,6 +113,8 @@ class EmaList {
     t.index = index;
     t.first = first;
     if (t.count == 0) return true;
+    if (!t.teacher || !t.student || (copy && !t.copy)) return false;  // storage that was freed, say
+    if (!written_.insert(t.teacher).second || (copy && !written_.insert(t.copy).second)) return false;
     if (!teacher.is_contiguous() || !student.is_contiguous() || (copy && !copy->is_contiguous())) {
       EmaLayout layout = copy ? EmaLayout{&teacher, &student, copy} : EmaLayout{&teacher, &student};
       if (!layout.transposed(t.channels, t.spatial)) {
@@ -132,6 +139,7 @@ class EmaList {
   }
 
   std::deque<EmaLayout> layouts_;
+  std::unordered_set<const void*> written_;
 };
 
 }  // namespace sslkernels

@@ -57,15 +57,15 @@ struct Torch {
   }
 };
 
-bool add_all(const Torch& torch, const py::list& teacher, const py::list& student,
-             const std::optional<py::list>& bf16_copy, EmaList& list) {
+bool add_all(const Torch& torch, const py::tuple& teacher, const py::tuple& student,
+             const std::optional<py::tuple>& bf16_copy, EmaList& list) {
   if (student.size() != teacher.size() || (bf16_copy && bf16_copy->size() != teacher.size())) return false;
   for (size_t t = 0; t < teacher.size(); t++) {
     TensorView target, source, copy;
-    PyObject* const objects[] = {PyList_GET_ITEM(teacher.ptr(), t), PyList_GET_ITEM(student.ptr(), t)};
+    PyObject* const objects[] = {PyTuple_GET_ITEM(teacher.ptr(), t), PyTuple_GET_ITEM(student.ptr(), t)};
     if (!torch.view(objects[0], target) || !torch.view(objects[1], source) || !target.same_shape(source)) return false;
     if (bf16_copy) {
-      if (!torch.view(PyList_GET_ITEM(bf16_copy->ptr(), t), copy) || !copy.same_shape(target)) return false;
+      if (!torch.view(PyTuple_GET_ITEM(bf16_copy->ptr(), t), copy) || !copy.same_shape(target)) return false;
       if (copy.dtype != Dtype::kBFloat16 || target.dtype != Dtype::kFloat32) return false;
     }
     if (!list.add(target, source, bf16_copy ? &copy : nullptr, static_cast<uint32_t>(t), 0)) return false;
@@ -82,8 +82,11 @@ void bind_ema(py::module_& m) {
       .def_property_readonly("available", [](const Torch& torch) { return torch.read != nullptr; })
       .def(
           "update",
-          [](const Torch& torch, const py::list& teacher, const py::list& student, double momentum,
-             const std::optional<py::list>& bf16_copy, std::optional<uint64_t> seed, uint32_t step) {
+          [](const Torch& torch, const py::list& teachers, const py::list& students, double momentum,
+             const std::optional<py::list>& copies, std::optional<uint64_t> seed, uint32_t step) {
+            // tuples of our own keep the tensors alive, whatever becomes of the lists once others may run
+            const py::tuple teacher(teachers), student(students);
+            const auto bf16_copy = copies ? std::optional<py::tuple>(*copies) : std::nullopt;
             EmaList list(teacher.size());
             if (!add_all(torch, teacher, student, bf16_copy, list)) return false;
             const EmaJob job{1 - momentum, seed.has_value(), seed.value_or(0), step};

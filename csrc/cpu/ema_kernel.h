@@ -24,8 +24,8 @@ SSLK_INLINE void with_any_storage(Dtype dtype, const F& f) {
 SSLK_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 SSLK_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 
-// start at weight 0, end at weight 1, bit for bit. Every backend rounds as this does: once for the difference, once for
-// the rest.
+// start at weight 0 or where both are equal, end at weight 1, bit for bit. Every backend rounds as this does: once for
+// the difference, once for the rest.
 template <class Real>
 struct Lerp {
   explicit Lerp(double weight)
@@ -34,7 +34,7 @@ struct Lerp {
         factor(from_end ? static_cast<Real>(weight) - 1 : static_cast<Real>(weight)) {}
   SSLK_INLINE Real operator()(Real start, Real end) const {
     const Real moved = fma(factor, end - start, from_end ? end : start);
-    return at_end ? end : moved;
+    return at_end ? end : end == start ? start : moved;
   }
   const bool from_end, at_end;
   const Real factor;

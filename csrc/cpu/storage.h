@@ -23,10 +23,12 @@ SSLK_INLINE uint16_t to_bf16(float x) {  // to nearest, ties to even
   return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 SSLK_INLINE float from_fp16(uint16_t h) {
-  // The exponent moves into fp32's place; the multiplication mends its bias and normalises denormals.
-  const float magnitude = from_bits((h & 0x7fffu) << 13) * 0x1p112f;
-  const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0;
-  return from_bits(to_bits(magnitude) | special | (h & 0x8000u) << 16);
+  // The exponent moves into fp32's place. Denormals count units of 2^-24: no number here is denormal in fp32, which a
+  // processor may be set to flush.
+  const uint32_t magnitude = h & 0x7fffu, exponent = h & 0x7c00u;
+  const uint32_t normal = (magnitude << 13) + (exponent == 0x7c00u ? 0x70000000u : 0x38000000u);
+  const uint32_t small = to_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return from_bits((exponent ? normal : small) | (h & 0x8000u) << 16);
 }
 SSLK_INLINE uint16_t to_fp16(float x) {
   const uint32_t sign = to_bits(x) >> 16 & 0x8000;

@@ -120,7 +120,7 @@ constexpr bool kIs16Bits = sizeof(typename T::Storage) == 2;
 
 // ---- the arithmetic
 
-// start at weight 0, end at weight 1, bit for bit; rounded twice, as on the CPU.
+// start at weight 0 or where both are equal, end at weight 1, bit for bit; rounded twice, as on the CPU.
 template <class Real>
 __device__ __forceinline__ Real lerp(Real start, Real end, double weight) {
   const bool from_end = weight >= 0.5;
@@ -131,7 +131,7 @@ __device__ __forceinline__ Real lerp(Real start, Real end, double weight) {
     moved = fmaf(factor, difference, base);
   else
     moved = fma(factor, difference, base);
-  return weight == 1 ? end : moved;
+  return weight == 1 ? end : end == start ? start : moved;
 }
 
 __device__ __forceinline__ void random_words(const Entry& entry, const Options& options, int64_t element,

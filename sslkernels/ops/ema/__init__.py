@@ -78,14 +78,15 @@ def ema_update_(
     plain = found_inf is None and first_elements is None and backend is None
     if plain and _direct(targets, sources, momentum, copies, seed, step):
         return
-    parts = lists.parts(targets, sources, copies, first_elements)
+    firsts = None if first_elements is None else list(first_elements)
+    parts = lists.parts(targets, sources, copies, firsts)
+    runs = {device: _implementation(backend, device.type) for device in parts}
     still = isinstance(momentum, (int, float)) and momentum == 1
     if still and copies is None:
         return
     with torch.no_grad():
         for device, part in parts.items():
-            run = _implementation(backend, device.type)
-            run(part.teacher, part.student, *_options(device, part, momentum, found_inf, seed, step))
+            runs[device](part.teacher, part.student, *_options(device, part, momentum, found_inf, seed, step))
             if not torch.compiler.is_compiling():
                 torch.autograd.graph.increment_version([*([] if still else part.teacher), *part.bf16_copy])
 
@@ -102,12 +103,12 @@ def _direct(teacher, student, momentum, bf16_copy, seed, step) -> bool:
 
     It checks tensors as strictly as `lists.parts` but leaves the errors to it.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
     if isinstance(momentum, torch.Tensor) or isinstance(step, torch.Tensor):
         return False
     direct = _plain_cpu_lists()
-    if direct is None or len(set(map(id, teacher))) < len(teacher):
+    if direct is None or torch._C._get_tracing_state() is not None:
         return False
     unsigned = None if seed is None else seed & (2**64 - 1)
     if not direct.update(teacher, student, momentum, bf16_copy, unsigned, step & reference.WORD):

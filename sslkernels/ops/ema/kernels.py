@@ -80,7 +80,7 @@ def _update(
         from_end = weight >= 0.5
         factor = tl.where(from_end, weight.to(tl.float32) - 1, weight.to(tl.float32))
         moved = tl.fma(tl.zeros_like(value) + factor, student - value, tl.where(from_end, student, value))
-        value = tl.where(weight == 1, student, moved)
+        value = tl.where(weight == 1, student, tl.where(student == value, value, moved))
         rounded = _round_stochastically(value, random, TEACHER) if STOCHASTIC else value.to(TEACHER)
         tl.store(teacher_ptr + position, rounded, mask=mask)
     if HAS_COPY:
@@ -181,6 +181,9 @@ def ema_update_(teacher, student, momentum, found_inf, bf16_copy, seed, step, ke
     groups: dict[tuple, _Group] = {}
     rest: list[int] = []
     seen: set[int] = set()  # a tensor that is listed twice is updated once
+    # the parts of complex tensors are the last dimension of real ones
+    keys = [key * (1 + part % 2) if teacher[part // 2].is_complex() else key for part, key in enumerate(keys)]
+    teacher, student = ([reference.as_real(tensor) for tensor in tensors] for tensors in (teacher, student))
     for i, (target, source) in enumerate(zip(teacher, student, strict=True)):
         if not target.numel() or target.data_ptr() in seen:
             continue

@@ -30,7 +30,7 @@ def pairs(teacher, student) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def listed(argument: str, tensors) -> list[torch.Tensor]:
     """Any iterable of tensors as a list; a list stays itself. A single tensor is iterable too, and a mistake."""
-    if isinstance(tensors, list):
+    if type(tensors) is list:
         return tensors
     if isinstance(tensors, (torch.Tensor, str, dict)) or not isinstance(tensors, Iterable):
         raise TypeError(f"{NAME}: {argument} must be a list of tensors or a module, got {type(tensors).__name__}")
@@ -92,33 +92,67 @@ class Part:
 def parts(
     teacher: list, student: list, bf16_copy: list | None, first_elements: Sequence[int] | None
 ) -> dict[torch.device, Part]:
-    """The lists split by device, every tensor checked, complex ones as real ones, repeated ones once."""
+    """The lists split by device, every tensor checked, repeated ones once."""
     if len(student) != len(teacher):
         raise ValueError(f"{NAME}: student must have {len(teacher)} tensors like teacher, got {len(student)}")
     for argument, others in (("bf16_copy", bf16_copy), ("first_elements", first_elements)):
         if others is not None and len(others) != len(teacher):
             raise ValueError(f"{NAME}: {argument} must have {len(teacher)} items like teacher, got {len(others)}")
     found: dict[torch.device, Part] = {}
-    partners: dict[int, torch.Tensor] = {}
+    partners: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for index, (target, source) in enumerate(zip(teacher, student, strict=True)):
         copy = None if bf16_copy is None else bf16_copy[index]
         _check_pair(index, target, source, copy)
-        if not torch.compiler.is_compiling():  # a compiled id would bind the graph to these very tensors
-            partner = partners.get(id(target))
-            if partner is source:
-                continue
-            if partner is not None:
-                raise ValueError(f"{NAME}: teacher[{index}] is listed before with another student")
-            partners[id(target)] = source
-        first = 0 if first_elements is None else first_elements[index]
-        if target.is_complex():
-            target, source, first = torch.view_as_real(target), torch.view_as_real(source.resolve_conj()), 2 * first
+        # compiled code finds repetitions in the operator: here they would bind it to these very tensors
+        if not torch.compiler.is_compiling() and _is_repeated(index, target, source, copy, partners):
+            continue
+        first = 0 if first_elements is None else _first_element(index, first_elements[index])
         part = found.setdefault(target.device, Part())
         part.teacher.append(target)
-        part.student.append(source.resolve_neg())
+        part.student.append(source.resolve_conj().resolve_neg())
         part.bf16_copy += [] if copy is None else [copy]
         part.keys += [index, first]
     return found
+
+
+def _is_repeated(index: int, teacher, student, bf16_copy, partners: dict) -> bool:
+    """Whether this teacher was listed before, with the same student; all else that shares its memory is a mistake."""
+    if student.numel():
+        _place("student", index, student)
+    for argument, tensor in (("teacher", teacher), ("bf16_copy", bf16_copy)):
+        if tensor is None or not tensor.numel():
+            continue
+        place = _place(argument, index, tensor)
+        if place not in partners:
+            partners[place] = tensor, student
+            continue
+        earlier, partner = partners[place]
+        if argument == "bf16_copy" or bf16_copy is not None or not _same(earlier, tensor):
+            raise ValueError(f"{NAME}: {argument}[{index}] shares memory with another tensor that is written")
+        if not _same(partner, student):
+            raise ValueError(f"{NAME}: teacher[{index}] is listed before with another student")
+        return True
+    return False
+
+
+def _place(argument: str, index: int, tensor: torch.Tensor) -> int:
+    """What tells tensors in different memory apart."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.device.type == "meta":
+        return id(tensor)  # fake tensors and their like have no address
+    if not tensor.data_ptr():
+        raise ValueError(f"{NAME}: {argument}[{index}] must have memory, but its storage is empty")
+    return tensor.data_ptr()
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    layouts = ((tensor.dtype, tensor.shape, tensor.stride()) for tensor in (a, b))
+    return a is b or (_place("", 0, a) == _place("", 0, b) and len(set(layouts)) == 1)
+
+
+def _first_element(index: int, first) -> int:
+    if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first < 2**60:
+        raise ValueError(f"{NAME}: first_elements[{index}] must be the index of an element, got {first!r}")
+    return first
 
 
 def _check_pair(index: int, teacher, student, bf16_copy) -> None:

@@ -33,34 +33,38 @@ def ema_update_op_(teacher, student, momentum, found_inf, bf16_copy, seed, step,
         if not target.numel() or target.data_ptr() in seen:
             continue
         seen.add(target.data_ptr())
-        real, other = _as_real(target), _as_real(source)
+        real, other = as_real(target), as_real(source)
         compute = torch.promote_types(torch.promote_types(real.dtype, other.dtype), torch.float32)
-        value = lerp(real.to(compute), other.to(compute), weight.to(compute))
+        value = lerp(real.to(compute), other.to(compute), weight)
         if seed is not None:
-            value = round_stochastically(value, real.dtype, seed, step, keys[2 * index], keys[2 * index + 1])
+            first = keys[2 * index + 1] * (2 if target.is_complex() else 1)
+            value = round_stochastically(value, real.dtype, seed, step, keys[2 * index], first)
         real.copy_(torch.where(weight == 0, real, value))
         if bf16_copy:
             bf16_copy[index].copy_(target)
 
 
-def _as_real(tensor):
+def as_real(tensor):
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def lerp(start, end, weight):
-    """``start`` at weight 0 and ``end`` at weight 1, bit for bit; between them the two forms of ``torch.lerp``.
+    """``start`` at weight 0 or where both are equal, ``end`` at weight 1, bit for bit; else as `torch.lerp`.
 
-    Rounded twice, as all kernels do: the difference, and a fused multiply-add, whose exact product float64 holds.
+    Rounded twice, as all kernels do: the difference, and a fused multiply-add, which float64 stands in for.
     """
+    factor = weight.to(start.dtype).double()
     difference = (end - start).double()
-    near_start = start.double() + difference * weight
-    near_end = end.double() - difference * (1 - weight)
-    return torch.where(weight == 1, end, torch.where(weight < 0.5, near_start, near_end).to(start.dtype))
+    near_start = start.double() + difference * factor
+    near_end = end.double() - difference * (1 - factor)
+    moved = torch.where(weight < 0.5, near_start, near_end).to(start.dtype)
+    return torch.where(weight == 1, end, torch.where(end == start, start, moved))
 
 
 def philox(counter, key):
     """Four 32-bit random words, as int64, for counters of four broadcastable int64 words and a key of two integers."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word) for word in counter))
+    device = counter[0].device if isinstance(counter[0], torch.Tensor) else None
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, device=device) for word in counter))
     k0, k1 = key
     for _ in range(PHILOX_ROUNDS):
         high0, low0 = _multiply_wide(c0, PHILOX_MULTIPLIERS[0])
