@@ -251,7 +251,7 @@ def test_no_kernel_of_one_instruction_set_can_stand_in_for_another():
 
 def test_the_compiled_kernels_serve_the_cpu():
     require_or_skip(_library.extension is not None, _library.extension_error)
-    assert {name: report["cpu"].active for name, report in sslkernels.backends().items()} == {"nt_xent": "cpp"}
+    assert {report["cpu"].active for report in sslkernels.backends().values()} == {"cpp"}
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ struct PhiloxVector {
   SSLK_INLINE void operator()(VecWord a, uint32_t constant, VecWord& high, VecWord& low) const {
     const VecWord odd = (VecWord)((VecLong)a >> 32);
     const VecLong even_product = multiply_wide(a, constant), odd_product = multiply_wide(odd, constant);
-    low = (VecWord)((even_product & 0xffffffff) | odd_product << 32);
-    high = (VecWord)((even_product >> 32) | (odd_product & (0xffffffffull << 32)));
+    low = even_and_odd((VecWord)even_product, (VecWord)(odd_product << 32));
+    high = even_and_odd((VecWord)(even_product >> 32), (VecWord)odd_product);
   }
 };
 

@@ -112,6 +112,17 @@ SSLK_INLINE VecLong multiply_wide(VecWord a, uint32_t constant) {
 #endif
 }
 
+// The even lanes of one vector and the odd lanes of another.
+SSLK_INLINE VecWord even_and_odd(VecWord even, VecWord odd) {
+#if defined(__AVX512F__)
+  return (VecWord)_mm512_mask_blend_epi32(0xaaaa, (__m512i)even, (__m512i)odd);
+#elif defined(__AVX2__)
+  return (VecWord)_mm256_blend_epi32((__m256i)even, (__m256i)odd, 0xaa);
+#else
+  return (VecWord)(((VecLong)even & 0xffffffff) | ((VecLong)odd & (0xffffffffull << 32)));
+#endif
+}
+
 // 2^x with a relative error of 1.5e-7 for |x| <= 126; below -126 it is 0 or a denormal. The fraction goes through a
 // minimax polynomial of degree 5 on [-0.5, 0.5].
 SSLK_INLINE Vec exp2(Vec x) {
