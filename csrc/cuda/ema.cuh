@@ -66,7 +66,7 @@ inline std::vector<Table> tables_of(const std::vector<EmaTensor>& tensors) {
       return table.teacher == t.teacher_dtype && table.student == t.student_dtype;
     };
     auto table = std::find_if(tables.begin(), tables.end(), same);
-    if (table == tables.end()) table = tables.insert(table, Table{t.teacher_dtype, t.student_dtype});
+    if (table == tables.end()) table = tables.insert(table, Table{t.teacher_dtype, t.student_dtype, 0, {}});
     table->add(t);
   }
   return tables;
