@@ -225,9 +225,10 @@ def _nt_xent_fwd_rows_kernel(
         similarity += tl.where(columns < N, 0.0, -float("inf"))[None, :]
         similarity = tl.where(rows[:, None] != columns[None, :], similarity, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(similarity, 1))
-        shift = tl.where(new_peak == -float("inf"), 0.0, new_peak * scale)  # there may be no negative so far
-        sums = sums * tl.exp2(tl.fma(peak, scale, -shift))
-        sums += tl.sum(tl.exp2(tl.fma(similarity, scale, -shift[:, None])), 1)
+        # differences of similarities, which round less than those of logits where the temperature is small
+        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # there may be no negative so far
+        sums = sums * tl.exp2((peak - base) * scale)
+        sums += tl.sum(tl.exp2((similarity - base[:, None]) * scale), 1)
         peak = new_peak
 
     # products of the same tiling, so that equal vectors tie and their difference is 0 at any temperature
@@ -242,7 +243,7 @@ def _nt_xent_fwd_rows_kernel(
 
     mask = rows < N
     index = rows + tl.where(row_start < padded, 0, N)
-    shift = tl.where(peak == -float("inf"), 0.0, peak * scale)
+    shift = tl.where(peak == -float("inf"), 0.0, peak).to(tl.float64) * scale
     _store_rows(
         positive * sign, sums, shift, scale, sign, temperature_ptr, index, mask, loss_ptr, logsumexp_ptr, positive_ptr
     )
