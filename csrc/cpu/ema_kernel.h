@@ -50,30 +50,50 @@ SSLK_INLINE uint16_t random_bits(const EmaTensor& tensor, const EmaJob& job, int
   return static_cast<uint16_t>(words[at >> 1 & 3] >> (at & 1) * 16);
 }
 
+// Two vectors of words, side by side: the rounds of one wait for nothing of the other.
+struct WordPair {
+  VecWord a, b;
+  SSLK_INLINE WordPair operator^(const WordPair& other) const { return {a ^ other.a, b ^ other.b}; }
+  SSLK_INLINE WordPair operator^(uint32_t word) const { return {a ^ word, b ^ word}; }
+};
+
 struct PhiloxVector {
-  SSLK_INLINE void operator()(VecWord a, uint32_t constant, VecWord& high, VecWord& low) const {
+  static SSLK_INLINE void multiply(VecWord a, uint32_t constant, VecWord& high, VecWord& low) {
     const VecWord odd = (VecWord)((VecLong)a >> 32);
     const VecLong even_product = multiply_wide(a, constant), odd_product = multiply_wide(odd, constant);
     low = even_and_odd((VecWord)even_product, (VecWord)(odd_product << 32));
     high = even_and_odd((VecWord)(even_product >> 32), (VecWord)odd_product);
   }
+  SSLK_INLINE void operator()(const WordPair& x, uint32_t constant, WordPair& high, WordPair& low) const {
+    multiply(x.a, constant, high.a, low.a);
+    multiply(x.b, constant, high.b, low.b);
+  }
 };
+
+// Stores eight halves for each of kLanes counters, counter by counter.
+SSLK_INLINE void store_blocks(const VecWord& w0, const VecWord& w1, const VecWord& w2, const VecWord& w3,
+                              uint16_t* to) {
+  SSLK_UNROLL for (int lane = 0; lane < kLanes; lane += 4) {
+    const VecWord* words[] = {&w0, &w1, &w2, &w3};
+    Quad block[4];
+    SSLK_UNROLL for (int w = 0; w < 4; w++) block[w] = *(reinterpret_cast<const Quad*>(words[w]) + lane / 4);
+    transpose(block);
+    SSLK_UNROLL for (int q = 0; q < 4; q++) * reinterpret_cast<Quad*>(to + (lane + q) * 8) = block[q];
+  }
+}
 
 // The random bits of `count` elements from `element` on, one after the other; returns where they start in `buffer`.
 SSLK_INLINE const uint16_t* random_run(const EmaTensor& tensor, const EmaJob& job, int64_t element, int64_t count,
                                        uint16_t* buffer) {
-  const VecWord zero{};
+  const VecWord zero{}, lanes = (VecWord)lane_index() + static_cast<uint32_t>(element >> 3);
+  const VecWord index = zero + tensor.index, step = zero + job.step, stream = zero + uint32_t{kPhiloxEma};
   const int64_t skip = element & 7, counters = (skip + count + 7) / 8;
-  VecWord counter = (VecWord)lane_index() + static_cast<uint32_t>(element >> 3);
-  for (int64_t at = 0; at < counters; at += kLanes, counter += kLanes) {
-    VecWord words[4] = {counter, zero + tensor.index, zero + job.step, zero + uint32_t{kPhiloxEma}};
-    philox(words, job.seed, PhiloxVector{});
-    SSLK_UNROLL for (int lane = 0; lane < kLanes; lane += 4) {
-      Quad block[4];
-      SSLK_UNROLL for (int w = 0; w < 4; w++) block[w] = *(reinterpret_cast<const Quad*>(&words[w]) + lane / 4);
-      transpose(block);
-      SSLK_UNROLL for (int q = 0; q < 4; q++) * reinterpret_cast<Quad*>(buffer + (at + lane + q) * 8) = block[q];
-    }
+  for (int64_t at = 0; at < counters; at += 2 * kLanes) {
+    const VecWord counter = lanes + static_cast<uint32_t>(at);
+    WordPair c[4] = {{counter, counter + uint32_t{kLanes}}, {index, index}, {step, step}, {stream, stream}};
+    philox(c, job.seed, PhiloxVector{});
+    store_blocks(c[0].a, c[1].a, c[2].a, c[3].a, buffer + at * 8);
+    store_blocks(c[0].b, c[1].b, c[2].b, c[3].b, buffer + (at + kLanes) * 8);
   }
   return buffer + skip;
 }
@@ -100,7 +120,7 @@ void update_dense(const EmaTensor& tensor, const EmaJob& job, int64_t begin, int
 template <class Teacher, class Student>
 void update_dense_stochastically(const EmaTensor& tensor, const EmaJob& job, int64_t begin, int64_t end) {
   const Lerp<float> lerp(job.weight);
-  alignas(64) uint16_t bits[kEmaBlock + 8 * kLanes];
+  alignas(64) uint16_t bits[kEmaBlock + 16 * kLanes];
   for (int64_t at = begin; at < end; at += kEmaBlock) {
     const int64_t count = min(kEmaBlock, end - at);
     auto* teacher = static_cast<typename Teacher::Storage*>(tensor.teacher) + at;
