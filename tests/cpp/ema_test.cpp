@@ -6,24 +6,14 @@
 #include <cstdio>
 #include <cstring>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "std_threads.h"
 
 using namespace sslkernels;
 
 namespace {
-
-struct StdThreads {
-  template <class Body>
-  void operator()(int64_t n, const Body& body) const {
-    std::vector<std::thread> threads;
-    for (int64_t i = 1; i < n; i++) threads.emplace_back([&body, i] { body(i, i + 1); });
-    body(0, 1);
-    for (auto& thread : threads) thread.join();
-  }
-};
 
 int failures = 0;
 
