@@ -4,8 +4,34 @@ The functions are here; `sslkernels.nn` has the modules, such as the momentum te
 """
 
 from sslkernels._library import Backend, backends
-from sslkernels.ops import ContrastiveStats, ema_update_, nt_xent
+from sslkernels.ops import (
+    ClipStats,
+    ContrastiveStats,
+    clip_loss,
+    decoupled_nt_xent,
+    ema_update_,
+    hard_nt_xent,
+    info_nce,
+    mises_fisher_weights,
+    nt_xent,
+    sigmoid_loss,
+    sup_con,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["Backend", "ContrastiveStats", "backends", "ema_update_", "nt_xent"]
+__all__ = [
+    "Backend",
+    "ClipStats",
+    "ContrastiveStats",
+    "backends",
+    "clip_loss",
+    "decoupled_nt_xent",
+    "ema_update_",
+    "hard_nt_xent",
+    "info_nce",
+    "mises_fisher_weights",
+    "nt_xent",
+    "sigmoid_loss",
+    "sup_con",
+]

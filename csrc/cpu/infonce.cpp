@@ -35,7 +35,7 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
-constexpr double kMaxBoundedSpan = 80;  // see MAX_BOUNDED_SPAN in ops/infonce/__init__.py
+constexpr double kMaxBoundedSpan = 80;  // see MAX_BOUNDED_SPAN in ops/infonce/arguments.py
 
 NtXentJob make_job(const Tensor& z0, const Tensor& z1, const Tensor& temperature, bool normalize) {
   check_views("nt_xent", z0, z1);
@@ -62,12 +62,22 @@ NtXentKernel kernel_for(const NtXentJob& job, bool bf16_matmul) {
   return isa().nt_xent(job.dtype == Dtype::kBFloat16 || (bf16_matmul && job.dtype == Dtype::kFloat32));
 }
 
+// The weights of the positives, contiguous.
+std::optional<Tensor> checked_weight(const std::optional<Tensor>& weight, const Tensor& temperature, int64_t rows) {
+  if (!weight) return std::nullopt;
+  const Tensor contiguous = torch::stable::contiguous(*weight);
+  check_rows("nt_xent", "positive_weight", contiguous, temperature.scalar_type(), rows);
+  return contiguous;
+}
+
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor>;
 
-Forward nt_xent_fwd_cpu(const Tensor& z0, const Tensor& z1, const Tensor& temperature, bool normalize, bool /*bounded*/,
-                        bool top1, bool bf16_matmul) {
+Forward nt_xent_fwd_cpu(const Tensor& z0, const Tensor& z1, const Tensor& temperature,
+                        const std::optional<Tensor>& positive_weight, bool normalize, bool /*bounded*/, bool top1,
+                        bool bf16_matmul) {
   NtXentJob job = make_job(z0, z1, temperature, normalize);
+  const std::optional<Tensor> weight = checked_weight(positive_weight, temperature, 2 * job.pairs);
   const int64_t rows = 2 * job.pairs;
   Tensor loss = torch::stable::new_empty(temperature, {rows}), positive = torch::stable::empty_like(loss);
   Tensor logsumexp = torch::stable::new_empty(temperature, {rows}, ScalarType::Double);
@@ -79,11 +89,13 @@ Forward nt_xent_fwd_cpu(const Tensor& z0, const Tensor& z1, const Tensor& temper
   }
   if (job.dtype == Dtype::kFloat64) {
     NtXentDouble run{job, {}, {}, data<double>(loss), data<double>(positive), data<double>(logsumexp), {}, {}, {}};
+    if (weight) run.positive_weight = const_data<double>(*weight);
     run.load();
     TorchThreads()(rows, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) run.forward_row(i);
     });
   } else if (rows > 0) {
+    if (weight) job.positive_weight = const_data<float>(*weight);
     job.loss = data<float>(loss);
     job.logsumexp = data<double>(logsumexp);
     job.positive = data<float>(positive);
@@ -107,9 +119,10 @@ double backward_double(NtXentDouble& run) {
 }
 
 Backward nt_xent_bwd_cpu(const Tensor& grad_loss, const Tensor& z0, const Tensor& z1, const Tensor& temperature,
-                         const Tensor& loss, const Tensor& logsumexp, bool normalize, bool /*bounded*/,
-                         bool bf16_matmul) {
+                         const std::optional<Tensor>& positive_weight, const Tensor& loss, const Tensor& logsumexp,
+                         bool normalize, bool /*bounded*/, bool bf16_matmul) {
   NtXentJob job = make_job(z0, z1, temperature, normalize);
+  const std::optional<Tensor> weight = checked_weight(positive_weight, temperature, 2 * job.pairs);
   const int64_t rows = 2 * job.pairs;
   const ScalarType rows_dtype = temperature.scalar_type();
   const Tensor grad = torch::stable::contiguous(grad_loss);
@@ -123,10 +136,12 @@ Backward nt_xent_bwd_cpu(const Tensor& grad_loss, const Tensor& z0, const Tensor
   if (job.dtype == Dtype::kFloat64) {
     NtXentDouble run{
         job, {}, {}, {}, {}, {}, const_data<double>(grad), const_data<double>(loss), const_data<double>(logsumexp)};
+    if (weight) run.positive_weight = const_data<double>(*weight);
     *data<double>(grad_temperature) = backward_double(run);
     return {grad_z0, grad_z1, grad_temperature};
   }
   if (rows > 0) {
+    if (weight) job.positive_weight = const_data<float>(*weight);
     job.grad_loss = const_data<float>(grad);
     job.saved_loss = const_data<float>(loss);
     job.saved_logsumexp = const_data<double>(logsumexp);

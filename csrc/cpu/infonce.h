@@ -26,6 +26,7 @@ struct NtXentJob {
   bool normalize;
   bool bounded;  // |logit| <= 1/|temperature|, close enough to subtract that bound instead of the row's maximum
   bool top1;     // compare the positive's logit with the largest negative's; not with bounded
+  const float* positive_weight;  // DCL: (2 pairs,), and the positive stays out of the denominator; null: NT-Xent
 
   // ---- forward: results, (2 pairs,)
   float *loss, *positive;

@@ -12,6 +12,7 @@ struct NtXentDouble {
   std::vector<double> z, scale;  // rows of Z, and what made them so
   double *loss, *positive, *logsumexp;
   const double *grad_loss, *saved_loss, *saved_logsumexp;
+  const double* positive_weight = nullptr;  // as in the job
 
   void load() {
     const int64_t rows = 2 * job.pairs, dim = job.dim;
@@ -30,6 +31,9 @@ struct NtXentDouble {
       for (int64_t d = 0; d < dim; d++) z[i * dim + d] *= scale[i];
     }
   }
+
+  // Derivative of a row's loss by its positive's logit.
+  double pull(int64_t at) const { return positive_weight ? -positive_weight[at] : std::expm1(-saved_loss[at]); }
 
   double logit(int64_t i, int64_t j) const {
     double s = 0;
@@ -55,6 +59,10 @@ struct NtXentDouble {
     const double others = sum * std::exp(largest - top), mine = std::exp(own - top);
     loss[at] = others < mine ? std::log1p(others / mine) : std::log(others + mine) + top - own;
     logsumexp[at] = loss[at] + own;
+    if (positive_weight) {
+      logsumexp[at] = rows > 2 ? std::log(sum) + largest : 0;
+      loss[at] = logsumexp[at] - positive_weight[at] * own;
+    }
     positive[at] = own;
     if (job.top1) job.hit[at] = own > largest;
   }
@@ -68,7 +76,7 @@ struct NtXentDouble {
       const int64_t of = job.output_row(j);
       double weight;
       if (j == (i ^ 1)) {
-        weight = grad_loss[at] * std::expm1(-saved_loss[at]) + grad_loss[of] * std::expm1(-saved_loss[of]);
+        weight = grad_loss[at] * pull(at) + grad_loss[of] * pull(of);
       } else {
         const double l = logit(i, j);
         weight = grad_loss[at] * std::exp(l - saved_logsumexp[at]) + grad_loss[of] * std::exp(l - saved_logsumexp[of]);

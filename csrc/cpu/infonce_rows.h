@@ -190,9 +190,13 @@ inline void forward_rows(const NtXentJob& job, int64_t panel, void* /*scratch*/)
     const double offset = job.bounded ? 1 / __builtin_fabs(job.temperature) : job.maxima[row] / kLog2E;
     const double top = offset > positive ? offset : positive;
     const double others = job.negatives[row] * __builtin_exp(offset - top), own = __builtin_exp(positive - top);
-    const double loss = others < own ? __builtin_log1p(others / own) : __builtin_log(others + own) + top - positive;
-    job.loss[at] = static_cast<float>(loss);
+    double loss = others < own ? __builtin_log1p(others / own) : __builtin_log(others + own) + top - positive;
     job.logsumexp[at] = loss + positive;
+    if (job.positive_weight) {
+      job.logsumexp[at] = job.rows > 2 ? __builtin_log(static_cast<double>(job.negatives[row])) + offset : 0;
+      loss = job.logsumexp[at] - job.positive_weight[at] * positive;
+    }
+    job.loss[at] = static_cast<float>(loss);
     job.positive[at] = static_cast<float>(positive);
     if (job.top1) job.hit[at] = job.packed_positive[row] > job.maxima[row];
   }
@@ -221,7 +225,9 @@ inline void backward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
     double positive = 0;  // 1 - p of the positive is -expm1(-loss), exact when p is nearly 1
     for (int64_t v = 0; v < 2; v++) {
       const int64_t at = job.output_row(row + v);
-      positive += job.grad_loss[at] * __builtin_expm1(-static_cast<double>(job.saved_loss[at])) / job.temperature;
+      const double pull = job.positive_weight ? -static_cast<double>(job.positive_weight[at])
+                                              : __builtin_expm1(-static_cast<double>(job.saved_loss[at]));
+      positive += job.grad_loss[at] * pull / job.temperature;
     }
     double along[2] = {};
     for (int64_t column = 0; column < job.dim; column += kChunk) {

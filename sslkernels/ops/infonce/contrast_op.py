@@ -1,0 +1,152 @@
+"""The contrastive core as torch operators: schema, shapes, autograd, and the Triton kernels under CUDA.
+
+One pair of operators takes the softmax of similarities along rows and, if asked, along columns; the other pair sums
+their softplus. Every loss that is not `nt_xent` is a few lines of arithmetic on the (N,) results of one of them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sslkernels import _library
+from sslkernels.ops.infonce import contrast_reference as reference
+
+# Logits l_ij = scale * <query_i, key_j>; query (N, D) and scale () in fp32, or fp64 on the default kernel. key (M, D)
+# in the dtype of the query; where no gradient is asked for it, in any floating-point dtype, and normalize_key divides
+# its rows by their length. key None: the query itself, and no row meets itself.
+# skip (N, S) int64: columns that row i leaves out; what is not in [0, M) is ignored. query_ids (N,), key_ids (M,)
+# int64: a pair of equal ids is left out.
+# unit: the caller knows that no |<query_i, key_j>| exceeds 1, up to rounding. bounded: besides, that 2 |scale| leaves
+# exp(l - |scale|) in range. matmul: what operands may be rounded to: 0 fp32, 1 bf16, 2 fp16.
+# lse_rows (N,), lse_columns (M,) or (0,) fp64: log-sum-exp of what takes part, -inf where nothing does. With peaks:
+# peak_rows (N,), peak_columns (M,) or (0,): the largest logit that takes part; skipped (N,): the logit of skip[:, 0].
+# Otherwise all three are (0,). With attract: attraction (N, D), the mean of the keys weighted by the row's softmax;
+# otherwise (0, 0).
+torch.library.define(
+    "sslkernels::contrast_fwd",
+    "(Tensor query, Tensor? key, Tensor scale, Tensor? skip, Tensor? query_ids, Tensor? key_ids, bool normalize_key,"
+    " bool unit, bool bounded, bool columns, bool attract, bool peaks, int matmul)"
+    " -> (Tensor lse_rows, Tensor lse_columns, Tensor peak_rows, Tensor peak_columns, Tensor skipped,"
+    " Tensor attraction)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+# grad_key is (0, 0) where key is None. The log-sum-exps may be those of more columns and rows than are given here.
+torch.library.define(
+    "sslkernels::contrast_bwd",
+    "(Tensor grad_rows, Tensor? grad_columns, Tensor lse_rows, Tensor? lse_columns, Tensor query, Tensor? key,"
+    " Tensor scale, Tensor? skip, Tensor? query_ids, Tensor? key_ids, bool unit, bool bounded, int matmul)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_scale)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+# loss (N,) fp64: sum_j softplus(-y_ij (l_ij + bias)), where y_ij is 1 for the columns positive[i] and where ids are
+# equal, and -1 elsewhere
+torch.library.define(
+    "sslkernels::sigmoid_contrast_fwd",
+    "(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? positive, Tensor? query_ids, Tensor? key_ids,"
+    " int matmul) -> Tensor loss",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "sslkernels::sigmoid_contrast_bwd",
+    "(Tensor grad_rows, Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? positive, Tensor? query_ids,"
+    " Tensor? key_ids, int matmul)"
+    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_scale, Tensor grad_bias)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+OPERATORS = ("contrast_fwd", "contrast_bwd", "sigmoid_contrast_fwd", "sigmoid_contrast_bwd")
+
+for _name in OPERATORS:
+    torch.library.impl(f"sslkernels::{_name}", "default", getattr(reference, _name))
+
+
+@torch.library.register_fake("sslkernels::contrast_fwd")
+def _(query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul):
+    rows = query.shape[0]
+    width = (query if key is None else key).shape[0] if columns else 0
+    return (
+        query.new_empty(rows, dtype=torch.float64),
+        query.new_empty(width, dtype=torch.float64),
+        query.new_empty(rows if peaks else 0),
+        query.new_empty(width if peaks else 0),
+        query.new_empty(rows if peaks else 0),
+        query.new_empty((rows, query.shape[1]) if attract else (0, 0)),
+    )
+
+
+@torch.library.register_fake("sslkernels::contrast_bwd")
+def _(grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, *_):
+    grad_key = query.new_empty((0, 0) if key is None else key.shape)
+    return query.new_empty(query.shape), grad_key, torch.empty_like(scale)
+
+
+@torch.library.register_fake("sslkernels::sigmoid_contrast_fwd")
+def _(query, *_):
+    return query.new_empty(query.shape[0], dtype=torch.float64)
+
+
+@torch.library.register_fake("sslkernels::sigmoid_contrast_bwd")
+def _(grad_rows, query, key, scale, bias, *_):
+    return query.new_empty(query.shape), key.new_empty(key.shape), torch.empty_like(scale), torch.empty_like(bias)
+
+
+def _save_contrast(ctx, inputs, output):
+    query, key, scale, skip, query_ids, key_ids, _, ctx.unit, ctx.bounded, *flags = inputs
+    ctx.columns, ctx.attract, _, ctx.matmul = flags
+    lse_rows, lse_columns, *_, attraction = output
+    if ctx.attract:
+        ctx.save_for_backward(query, scale, attraction)
+    else:
+        ctx.save_for_backward(query, key, scale, skip, query_ids, key_ids, lse_rows, lse_columns)
+
+
+def _contrast_backward(ctx, grad_rows, grad_columns, *_):
+    if ctx.attract:  # the forward has formed it: no logit is needed again
+        query, scale, attraction = ctx.saved_tensors
+        weights = grad_rows.to(query.dtype)
+        grad_query = attraction * (weights * scale)[:, None]
+        grads = grad_query, None, (weights * (query * attraction).sum(dim=1)).sum()
+    else:
+        query, key, scale, skip, query_ids, key_ids, lse_rows, lse_columns = ctx.saved_tensors
+        if not ctx.columns:
+            grad_columns = lse_columns = None
+        grad_query, grad_key, grad_scale = torch.ops.sslkernels.contrast_bwd(
+            grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, skip, query_ids, key_ids,
+            ctx.unit, ctx.bounded, ctx.matmul,
+        )  # fmt: skip
+        grads = grad_query, None if key is None else grad_key, grad_scale
+    return *grads, *[None] * 10
+
+
+def _save_sigmoid(ctx, inputs, output):
+    *tensors, ctx.matmul = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sigmoid_backward(ctx, grad_rows):
+    grads = torch.ops.sslkernels.sigmoid_contrast_bwd(grad_rows, *ctx.saved_tensors, ctx.matmul)
+    return *grads, *[None] * 4
+
+
+def _no_double_backward(ctx, *_):
+    raise RuntimeError(
+        "sslkernels: double backward is not supported; use backend='reference' to differentiate a loss twice"
+    )
+
+
+torch.library.register_autograd("sslkernels::contrast_fwd", _contrast_backward, setup_context=_save_contrast)
+torch.library.register_autograd("sslkernels::sigmoid_contrast_fwd", _sigmoid_backward, setup_context=_save_sigmoid)
+torch.library.register_autograd("sslkernels::contrast_bwd", _no_double_backward)
+torch.library.register_autograd("sslkernels::sigmoid_contrast_bwd", _no_double_backward)
+
+
+def _use_triton(name: str) -> None:
+    @torch.library.impl(f"sslkernels::{name}", "cuda")
+    def _(*args):
+        from sslkernels.ops.infonce import contrast_kernels  # triton takes a while to import: only where it is used
+
+        return getattr(contrast_kernels, name)(*args)
+
+
+for _name in OPERATORS:
+    if _library.claim_cuda(_name) == "triton":
+        _use_triton(_name)

@@ -1,0 +1,94 @@
+"""Supervised contrastive loss: several positives by label."""
+
+from __future__ import annotations
+
+import torch
+
+from sslkernels.ops.infonce import arguments
+from sslkernels.ops.infonce import contrast as core
+from sslkernels.ops.infonce.reference import reduce_rows
+
+NAME = "sup_con"
+
+
+def sup_con(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float | torch.Tensor = 0.1,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> torch.Tensor:
+    r"""Supervised contrastive loss (``L_out`` of the paper) without the N x N matrix.
+
+    With :math:`P(i)` the other rows that share the label of row i:
+
+    .. math:: \ell_i = - \frac{1}{|P(i)|} \sum_{p \in P(i)}
+              \log \frac{\exp(z_i \cdot z_p / \tau)}{\sum_{a \ne i} \exp(z_i \cdot z_a / \tau)}
+
+    Equivalent PyTorch::
+
+        z = F.normalize(features, dim=1)
+        logits = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+        positive = (labels[:, None] == labels) & ~torch.eye(N, dtype=torch.bool) & (labels >= 0)
+        rows = -F.log_softmax(logits, dim=1).masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1).clamp_min(1)
+        loss = rows.sum() / positive.any(dim=1).sum().clamp_min(1)
+
+    Args:
+        features: (N, D) embeddings of all views; float32, bfloat16, float16 or float64; any strides. D >= 1.
+        labels: (N,) integers of any type. -1, or any negative one: no label. Such a row has no positives and is a
+            negative for all others.
+        temperature: nonzero; a float, or a floating-point tensor of one element, which may require grad.
+        normalize: divide each row by max(length, 1e-12) first, as ``F.normalize`` does.
+        reduction: "mean" over the rows that have positives, "sum", or "none" for the rows, 0 where there are none.
+        backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "cuda", "reference".
+
+    Returns:
+        The loss: a scalar, or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+        RuntimeError: ``backend`` is not available here; or the gradient is differentiated again.
+
+    Source: Khosla et al., Supervised Contrastive Learning (2020), equation 2.
+
+    Cost: with one unit = 2 N^2 D flops: 0.5 forward and 1.5 backward on the CPU, against 1 and 2 in plain PyTorch. The
+    positives cost O(N D), however many there are: their mean logit is that of their mean. O(N D) extra memory.
+    """
+    arguments.check_matrix(NAME, "features", features)
+    labels = arguments.check_integers(NAME, "labels", labels, features.shape[0], features.device)
+    arguments.check_reduction(NAME, reduction)
+    tau = arguments.temperature(NAME, temperature, features)
+    arguments.check_backend(NAME, backend, features.device.type)
+    (z,), matmul = core.rows_of(features, normalize=normalize)
+    scale = tau.tensor.reciprocal()
+    found = core.contrast(
+        z, None, scale, unit=normalize, scale_value=None if tau.value is None else 1 / tau.value, matmul=matmul,
+        backend=backend,
+    )  # fmt: skip
+    exact = z.double()  # the row's loss may be small against its logits
+    sums, counts = positives_of(exact, labels)
+    positive = core.positive_logits(exact, sums / counts.clamp_min(1)[:, None], scale)
+    rows = torch.where(counts > 0, found.rows, 0.0) - positive
+    loss = reduce_rows(rows, "none" if reduction == "none" else "sum")
+    if reduction == "mean":
+        loss = loss / (counts > 0).sum().clamp_min(1)
+    return loss.to(scale.dtype)
+
+
+def positives_of(z: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, D) sum of the other rows with the label of each row, and (N,) how many they are.
+
+    Labels are sorted, so that equal ones form a run whose number is its place in an (N, D) buffer: no shape depends on
+    the labels' values, and nothing waits for the device.
+    """
+    order = labels.argsort(stable=True)
+    ordered = labels[order]
+    starts = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()])[: len(labels)]
+    run = torch.empty_like(order).scatter_(0, order, starts.cumsum(0))
+    totals = torch.zeros_like(z).index_add(0, run, z)
+    counts = torch.zeros_like(labels).index_add(0, run, torch.ones_like(labels))[run] - 1
+    has = labels >= 0
+    sums = torch.where(has[:, None], totals[run] - z, 0.0)
+    return sums, torch.where(has, counts, 0)
