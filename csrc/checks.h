@@ -16,6 +16,11 @@ inline void check_views(const char* op, const Tensor& z0, const Tensor& z1) {
   STD_TORCH_CHECK(z0.size(1) > 0, op, ": z0 and z1 must have at least one column");
 }
 
+inline void check_matrix(const char* op, const char* argument, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 2 && x.size(1) > 0, op, ": ", argument,
+                  " must be a matrix on the CPU with at least one column");
+}
+
 // A contiguous CPU tensor of this dtype and number of elements.
 inline void check_rows(const char* op, const char* argument, const Tensor& x, ScalarType dtype, int64_t count) {
   STD_TORCH_CHECK(x.is_cpu() && x.is_contiguous() && x.scalar_type() == dtype && x.numel() == count, op, ": ", argument,

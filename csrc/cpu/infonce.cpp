@@ -6,60 +6,36 @@
 #include "../checks.h"
 #include "infonce_double.h"
 #include "isa.h"
+#include "tensors.h"
 #include "threads.h"
 
 namespace sslkernels {
 namespace {
 
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
-template <class T>
-const T* const_data(const Tensor& x) {
-  return static_cast<const T*>(x.const_data_ptr());
-}
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "nt_xent: z0 and z1 must be float32, bfloat16, float16 or float64");
-  }
-}
-
-constexpr double kMaxBoundedSpan = 80;  // see MAX_BOUNDED_SPAN in ops/infonce/arguments.py
-
 NtXentJob make_job(const Tensor& z0, const Tensor& z1, const Tensor& temperature, bool normalize) {
   check_views("nt_xent", z0, z1);
   NtXentJob job{};
-  job.dtype = dtype_of(z0);
-  const bool is_double = job.dtype == Dtype::kFloat64;
+  job.in.dtype = dtype_of("nt_xent", z0);
+  const bool is_double = job.in.dtype == Dtype::kFloat64;
   check_rows("nt_xent", "temperature", temperature, is_double ? ScalarType::Double : ScalarType::Float, 1);
   job.temperature = is_double ? *const_data<double>(temperature) : *const_data<float>(temperature);
   STD_TORCH_CHECK(job.temperature != 0, "nt_xent: temperature must not be zero");
   const Tensor* views[] = {&z0, &z1};
   for (int v = 0; v < 2; v++) {
-    job.view[v] = views[v]->const_data_ptr();
-    job.row_stride[v] = views[v]->stride(0);
-    job.column_stride[v] = views[v]->stride(1);
+    job.in.view[v] = views[v]->const_data_ptr();
+    job.in.row_stride[v] = views[v]->stride(0);
+    job.in.column_stride[v] = views[v]->stride(1);
   }
-  job.pairs = z0.size(0);
-  job.dim = z0.size(1);
-  job.normalize = normalize;
+  job.in.views = 2;
+  job.in.count = 2 * z0.size(0);
+  job.in.dim = z0.size(1);
+  job.in.normalize = normalize;
   job.bounded = normalize && 2 / std::fabs(job.temperature) <= kMaxBoundedSpan;  // here the value is known
   return job;
 }
 
 NtXentKernel kernel_for(const NtXentJob& job, bool bf16_matmul) {
-  return isa().nt_xent(job.dtype == Dtype::kBFloat16 || (bf16_matmul && job.dtype == Dtype::kFloat32));
+  return isa().nt_xent(job.in.dtype == Dtype::kBFloat16 || (bf16_matmul && job.in.dtype == Dtype::kFloat32));
 }
 
 // The weights of the positives, contiguous.
@@ -77,8 +53,8 @@ Forward nt_xent_fwd_cpu(const Tensor& z0, const Tensor& z1, const Tensor& temper
                         const std::optional<Tensor>& positive_weight, bool normalize, bool /*bounded*/, bool top1,
                         bool bf16_matmul) {
   NtXentJob job = make_job(z0, z1, temperature, normalize);
-  const std::optional<Tensor> weight = checked_weight(positive_weight, temperature, 2 * job.pairs);
-  const int64_t rows = 2 * job.pairs;
+  const std::optional<Tensor> weight = checked_weight(positive_weight, temperature, job.in.count);
+  const int64_t rows = job.in.count;
   Tensor loss = torch::stable::new_empty(temperature, {rows}), positive = torch::stable::empty_like(loss);
   Tensor logsumexp = torch::stable::new_empty(temperature, {rows}, ScalarType::Double);
   Tensor hit = torch::stable::new_empty(z0, {top1 ? rows : 0}, ScalarType::Bool);
@@ -87,7 +63,7 @@ Forward nt_xent_fwd_cpu(const Tensor& z0, const Tensor& z1, const Tensor& temper
     job.bounded = false;
     job.hit = data<bool>(hit);
   }
-  if (job.dtype == Dtype::kFloat64) {
+  if (job.in.dtype == Dtype::kFloat64) {
     NtXentDouble run{job, {}, {}, data<double>(loss), data<double>(positive), data<double>(logsumexp), {}, {}, {}};
     if (weight) run.positive_weight = const_data<double>(*weight);
     run.load();
@@ -107,10 +83,10 @@ Forward nt_xent_fwd_cpu(const Tensor& z0, const Tensor& z1, const Tensor& temper
 
 double backward_double(NtXentDouble& run) {
   run.load();
-  const int64_t rows = 2 * run.job.pairs;
+  const int64_t rows = run.job.in.count;
   std::vector<double> parts(rows);
   TorchThreads()(rows, [&](int64_t begin, int64_t end) {
-    std::vector<double> g(run.job.dim);
+    std::vector<double> g(run.job.in.dim);
     for (int64_t i = begin; i < end; i++) parts[i] = run.backward_row(i, g.data());
   });
   double total = 0;
@@ -122,18 +98,19 @@ Backward nt_xent_bwd_cpu(const Tensor& grad_loss, const Tensor& z0, const Tensor
                          const std::optional<Tensor>& positive_weight, const Tensor& loss, const Tensor& logsumexp,
                          bool normalize, bool /*bounded*/, bool bf16_matmul) {
   NtXentJob job = make_job(z0, z1, temperature, normalize);
-  const std::optional<Tensor> weight = checked_weight(positive_weight, temperature, 2 * job.pairs);
-  const int64_t rows = 2 * job.pairs;
+  const std::optional<Tensor> weight = checked_weight(positive_weight, temperature, job.in.count);
+  const int64_t rows = job.in.count;
   const ScalarType rows_dtype = temperature.scalar_type();
   const Tensor grad = torch::stable::contiguous(grad_loss);
   check_rows("nt_xent", "grad_loss", grad, rows_dtype, rows);
   check_rows("nt_xent", "loss", loss, rows_dtype, rows);
   check_rows("nt_xent", "logsumexp", logsumexp, ScalarType::Double, rows);
-  Tensor grad_z0 = torch::stable::new_empty(z0, {job.pairs, job.dim}), grad_z1 = torch::stable::empty_like(grad_z0);
+  Tensor grad_z0 = torch::stable::new_empty(z0, {job.in.count / 2, job.in.dim}),
+         grad_z1 = torch::stable::empty_like(grad_z0);
   Tensor grad_temperature = torch::stable::new_empty(temperature, {});
   job.grad_view[0] = grad_z0.mutable_data_ptr();
   job.grad_view[1] = grad_z1.mutable_data_ptr();
-  if (job.dtype == Dtype::kFloat64) {
+  if (job.in.dtype == Dtype::kFloat64) {
     NtXentDouble run{
         job, {}, {}, {}, {}, {}, const_data<double>(grad), const_data<double>(loss), const_data<double>(logsumexp)};
     if (weight) run.positive_weight = const_data<double>(*weight);

@@ -5,25 +5,16 @@
 // and only tiles on the diagonal need a mask. Results are stored in the order of the public op: all of z0, then z1.
 #pragma once
 #include <cmath>
-#include <cstdint>
 
-#include "../dtype.h"
+#include "logits.h"
 #include "tournament.h"
-#include "workspace.h"
 
 namespace sslkernels {
 
-constexpr double kNormalizeEps = 1e-12;  // of torch.nn.functional.normalize
-constexpr int64_t kMaxTile = 128;
-
 struct NtXentJob {
   // ---- inputs
-  const void* view[2];
-  int64_t row_stride[2], column_stride[2];  // in elements
-  int64_t pairs, dim;
-  Dtype dtype;
+  Rows in;  // two views
   double temperature;
-  bool normalize;
   bool bounded;  // |logit| <= 1/|temperature|, close enough to subtract that bound instead of the row's maximum
   bool top1;     // compare the positive's logit with the largest negative's; not with bounded
   const float* positive_weight;  // DCL: (2 pairs,), and the positive stays out of the denominator; null: NT-Xent
@@ -39,20 +30,14 @@ struct NtXentJob {
   void* grad_view[2];  // (pairs, dim), contiguous, in the dtype of the inputs
   double grad_temperature;
 
-  // ---- workspace; see Layout
-  int64_t rows, padded_rows, words, tile;
-  uint32_t* panels;   // [padded_rows / panel][words][panel]: both operands of S = Z Z^T
-  uint32_t* columns;  // [dim / panel][padded_rows (bf16: / 2)][panel]: right operand of dZ += G Z
-  float* grad_z;      // [dim / panel][padded_rows][panel]
-  double* scale;      // what turns a row of the input into a row of Z
-  float* residual;    // what the packed row still has to be multiplied by (bf16 tiles; otherwise 1)
-  float *negatives, *maxima, *packed_positive;  // per row: sum of exp over the negatives, its offset (base 2), and s
-  double* cosine;                               // forward, per row: z . z of its positive
-  float *weight, *logsumexp2, *logsumexp2_low;  // backward, per row: factor of exp, and offset (base 2) in two parts
-  double grad_scale;                            // the largest |grad_loss|, taken out of `weight`
-  double* grad_temperature_parts;               // one per panel
+  // ---- workspace
+  Logits logits;
+  Side z;
+  double* cosine;                  // forward, per row: z . z of its positive
+  double grad_scale;               // the largest |grad_loss|, taken out of the weights
+  double* grad_temperature_parts;  // one per panel
 
-  int64_t output_row(int64_t row) const { return row % 2 * pairs + row / 2; }
+  int64_t output_row(int64_t row) const { return row % 2 * (in.count / 2) + row / 2; }
 };
 
 // The loops of one instruction set for one kind of tile. `scratch` is private to a worker.
@@ -66,8 +51,6 @@ struct NtXentKernel {
   void (*backward_tile)(const NtXentJob&, int64_t i0, int64_t j0, void* scratch);
   void (*backward_rows)(const NtXentJob&, int64_t panel, void* scratch);
 };
-
-inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // parallel(n, body): runs body(begin, end) over a partition of [0, n).
 template <class Parallel>
@@ -85,7 +68,7 @@ class NtXentRunner {
 
   void backward() {
     job_.grad_scale = 0;
-    for (int64_t i = 0; i < 2 * job_.pairs; i++) {
+    for (int64_t i = 0; i < job_.in.count; i++) {
       const double w = std::fabs(job_.grad_loss[i]);
       if (!(w <= job_.grad_scale)) job_.grad_scale = w;  // a NaN is kept too
     }
@@ -95,43 +78,39 @@ class NtXentRunner {
     each_tile(kernel_.backward_tile);
     each_panel([&](int64_t panel, void* scratch) { kernel_.backward_rows(job_, panel, scratch); });
     job_.grad_temperature = 0;
-    for (int64_t p = 0; p < job_.padded_rows / kernel_.panel; p++)
+    for (int64_t p = 0; p < job_.z.padded_rows / kernel_.panel; p++)
       job_.grad_temperature += job_.grad_temperature_parts[p];
   }
 
  private:
   void allocate(bool backward) {
-    job_.rows = 2 * job_.pairs;
-    job_.padded_rows = round_up(job_.rows, kernel_.panel);
-    job_.words = kernel_.bf16 ? (job_.dim + 1) / 2 : job_.dim;
-    job_.tile = job_.rows >= 1024 ? kMaxTile : kMaxTile / 2;  // smaller ones share out better among threads
-    const int64_t padded_dim = round_up(job_.dim, kernel_.panel), rows = job_.padded_rows;
+    Side& z = job_.z;
+    z = {};
+    z.rows = job_.in.count;
+    z.padded_rows = round_up(z.rows, kernel_.panel);
+    const int64_t dim = job_.in.dim, words = kernel_.bf16 ? (dim + 1) / 2 : dim;
+    const int64_t tile = z.rows >= 1024 ? kMaxTile : kMaxTile / 2;  // smaller ones share out better among threads
+    job_.logits = {dim,   words,   tile, 1 / job_.temperature, job_.bounded, true, Triangle::kPairs, nullptr, 0,
+                   false, nullptr, 0};
+    const SideLayout layout{kernel_.panel, dim, words, kernel_.bf16, backward, false};
     workspace_.allocate([&](Workspace& w) {
-      w.take(job_.panels, rows * job_.words);
-      w.take(job_.scale, rows);
-      w.take(job_.residual, rows);
+      layout.take(w, z);
       if (backward) {
-        w.take(job_.columns, rows * padded_dim / (kernel_.bf16 ? 2 : 1));
-        w.take(job_.grad_z, rows * padded_dim);
-        w.take(job_.weight, rows);
-        w.take(job_.logsumexp2, rows);
-        w.take(job_.logsumexp2_low, rows);
-        w.take(job_.grad_temperature_parts, rows / kernel_.panel);
+        w.take(job_.grad_temperature_parts, z.padded_rows / kernel_.panel);
       } else {
-        w.take(job_.cosine, rows);
-        w.take(job_.negatives, rows);
-        w.take(job_.maxima, rows);
-        w.take(job_.packed_positive, rows);
+        w.take(job_.cosine, z.padded_rows);
+        w.take(job_.logits.own_logit, z.padded_rows);
       }
       w.take(scratch_, round_up(kernel_.scratch_bytes, 128) * threads_);
     });
+    if (!job_.top1) job_.logits.own_logit = nullptr;
   }
   void* scratch(int64_t worker) const { return scratch_ + worker * round_up(kernel_.scratch_bytes, 128); }
 
   // f(panel, scratch) for every panel of rows; a worker's panels are neighbours.
   template <class F>
   void each_panel(const F& f) {
-    const int64_t panels = job_.padded_rows / kernel_.panel;
+    const int64_t panels = job_.z.padded_rows / kernel_.panel;
     const int64_t workers = threads_ < panels ? threads_ : panels;
     parallel_(workers, [&](int64_t begin, int64_t end) {
       for (int64_t p = panels * begin / workers; p < panels * end / workers; p++) f(p, scratch(begin));
@@ -139,22 +118,18 @@ class NtXentRunner {
   }
 
   void each_tile(void (*visit)(const NtXentJob&, int64_t, int64_t, void*)) {
-    const int64_t tiles = (job_.padded_rows + job_.tile - 1) / job_.tile;
-    const int64_t side = group_tiles(tiles), groups = (tiles + side - 1) / side;
+    const int64_t tiles = (job_.z.padded_rows + job_.logits.tile - 1) / job_.logits.tile;
+    const int64_t side = tiles_in_group(tiles), groups = (tiles + side - 1) / side;
     const int64_t games = groups * (groups + 1) / 2, workers = threads_ < games ? threads_ : games;
     Tournament tournament(groups);
     parallel_(workers, [&](int64_t begin, int64_t) {
       tournament.work([&](int64_t a, int64_t b) {
         for (int64_t i = a * side; i < (a + 1) * side && i < tiles; i++)
           for (int64_t j = a == b ? i : b * side; j < (b + 1) * side && j < tiles; j++)
-            visit(job_, i * job_.tile, j * job_.tile, scratch(begin));
+            visit(job_, i * job_.logits.tile, j * job_.logits.tile, scratch(begin));
       });
     });
   }
-  // Tiles along the side of a group: several, so that a row tile stays in cache while columns pass by; few enough that
-  // many threads find a group each.
-  static int64_t group_tiles(int64_t tiles) { return tiles >= 256 ? 8 : tiles >= 64 ? 4 : tiles >= 32 ? 2 : 1; }
-
   NtXentJob& job_;
   const NtXentKernel& kernel_;
   int64_t threads_;

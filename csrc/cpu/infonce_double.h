@@ -15,17 +15,17 @@ struct NtXentDouble {
   const double* positive_weight = nullptr;  // as in the job
 
   void load() {
-    const int64_t rows = 2 * job.pairs, dim = job.dim;
+    const int64_t rows = job.in.count, dim = job.in.dim;
     z.resize(rows * dim);
     scale.assign(rows, 1);
     for (int64_t i = 0; i < rows; i++) {
-      const double* x = static_cast<const double*>(job.view[i % 2]) + i / 2 * job.row_stride[i % 2];
+      const double* x = static_cast<const double*>(job.in.view[i % 2]) + i / 2 * job.in.row_stride[i % 2];
       double square = 0;
       for (int64_t d = 0; d < dim; d++) {
-        z[i * dim + d] = x[d * job.column_stride[i % 2]];
+        z[i * dim + d] = x[d * job.in.column_stride[i % 2]];
         square += z[i * dim + d] * z[i * dim + d];
       }
-      if (!job.normalize) continue;
+      if (!job.in.normalize) continue;
       const double norm = std::sqrt(square);
       scale[i] = 1 / (norm < kNormalizeEps ? kNormalizeEps : norm);
       for (int64_t d = 0; d < dim; d++) z[i * dim + d] *= scale[i];
@@ -37,12 +37,12 @@ struct NtXentDouble {
 
   double logit(int64_t i, int64_t j) const {
     double s = 0;
-    for (int64_t d = 0; d < job.dim; d++) s += z[i * job.dim + d] * z[j * job.dim + d];
+    for (int64_t d = 0; d < job.in.dim; d++) s += z[i * job.in.dim + d] * z[j * job.in.dim + d];
     return s / job.temperature;
   }
 
   void forward_row(int64_t i) {
-    const int64_t rows = 2 * job.pairs, partner = i ^ 1, at = job.output_row(i);
+    const int64_t rows = job.in.count, partner = i ^ 1, at = job.output_row(i);
     const double own = logit(i, partner);
     double largest = -INFINITY, sum = 0;
     for (int64_t j = 0; j < rows; j++) {
@@ -69,7 +69,7 @@ struct NtXentDouble {
 
   // Returns the row's share of the gradient of the temperature. `g` has room for one row.
   double backward_row(int64_t i, double* g) const {
-    const int64_t rows = 2 * job.pairs, dim = job.dim, at = job.output_row(i);
+    const int64_t rows = job.in.count, dim = job.in.dim, at = job.output_row(i);
     for (int64_t d = 0; d < dim; d++) g[d] = 0;
     for (int64_t j = 0; j < rows; j++) {
       if (j == i) continue;
@@ -85,7 +85,7 @@ struct NtXentDouble {
     }
     double along = 0;
     for (int64_t d = 0; d < dim; d++) along += g[d] * z[i * dim + d];
-    const double shrink = job.normalize && scale[i] < 1 / kNormalizeEps ? along : 0;
+    const double shrink = job.in.normalize && scale[i] < 1 / kNormalizeEps ? along : 0;
     double* out = static_cast<double*>(job.grad_view[i % 2]) + i / 2 * dim;
     for (int64_t d = 0; d < dim; d++) out[d] = scale[i] * (g[d] - shrink * z[i * dim + d]);
     return -along / (2 * job.temperature);

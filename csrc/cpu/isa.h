@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "contrast.h"
 #include "ema.h"
 #include "infonce.h"
 
@@ -17,6 +18,7 @@ struct Peak {
 struct Isa {
   const char* name;
   NtXentKernel (*nt_xent)(bool bf16);
+  ContrastKernel (*contrast)(bool bf16);
   EmaKernel (*ema)();
   Peak (*peak)();
   bool (*supported)();

@@ -45,8 +45,9 @@ std::vector<float> random_view(const Problem& p, int seed) {
 
 Result run(const Problem& p, const std::vector<float> (&views)[2], const NtXentKernel& kernel, int64_t threads) {
   NtXentJob job{};
-  job.pairs = p.pairs, job.dim = p.dim, job.temperature = p.temperature, job.normalize = p.normalize;
-  job.dtype = Dtype::kFloat32;
+  job.in.views = 2, job.in.count = 2 * p.pairs, job.in.dim = p.dim, job.in.normalize = p.normalize;
+  job.temperature = p.temperature;
+  job.in.dtype = Dtype::kFloat32;
   const bool can_bound = p.normalize && 2 / std::fabs(p.temperature) <= 80;
   job.top1 = p.top1, job.bounded = can_bound && !p.top1;
   const int64_t step = p.strided ? 3 : 1;
@@ -55,7 +56,7 @@ Result run(const Problem& p, const std::vector<float> (&views)[2], const NtXentK
   for (int v = 0; v < 2; v++) {
     stored[v].assign(p.pairs * p.dim * step, NAN);
     for (int64_t i = 0; i < p.pairs * p.dim; i++) stored[v][i * step] = views[v][i];
-    job.view[v] = stored[v].data(), job.row_stride[v] = p.dim * step, job.column_stride[v] = step;
+    job.in.view[v] = stored[v].data(), job.in.row_stride[v] = p.dim * step, job.in.column_stride[v] = step;
     r.grad[v].assign(p.pairs * p.dim, NAN);
     job.grad_view[v] = r.grad[v].data();
   }

@@ -1,5 +1,6 @@
 // Every CPU kernel, compiled for this instruction set.
 #define SSLK_ISA baseline
+#include "../contrast_kernel.h"
 #include "../ema_kernel.h"
 #include "../infonce_kernel.h"
 #include "../peak.h"
