@@ -11,9 +11,10 @@ import pytest
 from sslkernels.registry import ops
 
 SPEC = next(spec for spec in ops() if spec.name == "nt_xent")
+SPECS = {"nt_xent": SPEC}
 
 
-def peers() -> dict[str, Callable]:
+def peers(op: str = "nt_xent") -> dict[str, Callable]:
     """What users pick instead, where it is installed."""
     return {"lightly": lightly} if find_spec("lightly") else {}
 

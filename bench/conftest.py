@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_benchmark_update_machine_info(config, machine_info):
     facts = info.collect()
     facts["versions"] = {"sslkernels": sslkernels.__version__, "torch": torch.__version__}
-    for package in ("lightly", "triton"):
+    for package in ("lightly", "open_clip_torch", "pytorch-metric-learning", "info-nce-pytorch", "timm", "triton"):
         try:
             facts["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -68,7 +68,7 @@ def race(request, benchmark, checked):
             for label in times:
                 if label == "ours fp32" or not (quick or times[label]["median"] > measure.SLOW_SECONDS):
                     module = request.module.__name__
-                    times[label]["extra_mib"] = measure.peak_memory(module, label, case.name, device)
+                    times[label]["extra_mib"] = measure.peak_memory(module, spec.name, label, case.name, device)
         benchmark.extra_info.update(
             op=spec.name,
             case=case.name,

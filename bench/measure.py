@@ -73,7 +73,10 @@ def assert_correct(spec: OpSpec, racers: list[Contender], case: Case, device: st
     """Ours obeys the numerics rule in its dtype, and every peer computes the same function."""
     for dtype in {racer.dtype for racer in racers}:
         arguments = case.make(device, DTYPES[dtype])
-        exact_arguments = {k: v.cpu().double() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        exact_arguments = {
+            k: v.cpu().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for k, v in arguments.items()
+        }
         exact = numerics.evaluate(spec.reference, exact_arguments, spec.grad_args)
         eager = numerics.evaluate(spec.reference, arguments, spec.grad_args)
         expected = numerics.Expected(eager, exact, exact, dict.fromkeys(spec.grad_args, 0.0))
@@ -223,9 +226,9 @@ def roofline(cost: Cost, direction: str, dtype: str, measured: dict[str, float])
     return max(cost.flops / peak + cost.exps / measured["exp"], traffic)
 
 
-def peak_memory(module: str, label: str, case: str, device: str) -> float | None:
+def peak_memory(module: str, op: str, label: str, case: str, device: str) -> float | None:
     """MiB that one forward and backward adds at its peak, gradients included, in a fresh process; None if unknown."""
-    command = f"import measure; measure.print_peak_memory({module!r}, {label!r}, {case!r}, {device!r})"
+    command = f"import measure; measure.print_peak_memory({module!r}, {op!r}, {label!r}, {case!r}, {device!r})"
     # freed memory goes back to the system at once, so that what warming up left behind cannot hide anything
     malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     path = os.pathsep.join(filter(None, [str(BENCH), str(BENCH.parent), os.environ.get("PYTHONPATH")]))
@@ -240,15 +243,16 @@ def peak_memory(module: str, label: str, case: str, device: str) -> float | None
     return None if answer == "None" else float(answer)
 
 
-def print_peak_memory(module: str, label: str, case_name: str, device: str) -> None:
+def print_peak_memory(module: str, op: str, label: str, case_name: str, device: str) -> None:
     bench = importlib.import_module(module)
-    cases = {case.name: case for case in bench.SPEC.cases}
-    racers = contenders(bench.SPEC, bench.peers(), compiled=label.startswith("compile"))
+    spec = bench.SPECS[op]
+    cases = {case.name: case for case in spec.cases}
+    racers = contenders(spec, bench.peers(op), compiled=label.startswith("compile"))
     racer = next(racer for racer in racers if racer.label == label)
-    run = call(bench.SPEC, racer, cases[case_name], "forward+backward", device)
+    run = call(spec, racer, cases[case_name], "forward+backward", device)
     # the libraries' own start-up is not the op's memory; a compiled function must see the shape itself beforehand
-    small = max(bench.SPEC.tagged("edge"), key=lambda case: case.cost.flops)
-    (run if racer.name == "compile" else call(bench.SPEC, racer, small, "forward+backward", device))()
+    small = min(spec.tagged("bench"), key=lambda case: case.cost.flops)
+    (run if racer.name == "compile" else call(spec, racer, small, "forward+backward", device))()
     print(_extra_cuda(run) if device == "cuda" else _extra_cpu(run))
 
 

@@ -6,10 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-RATIOS = {
-    "× lightly": "over lightly fp32",
-    "× compile": "over compile fp32",
-    "× eager": "over eager fp32",
+RATIOS = {  # after those over each contender in fp32
     "of roofline": "share of roofline fp32",
     "bf16 × fp32": "bf16 over fp32",
     "bf16 × eager": "over eager bf16",
@@ -101,11 +98,13 @@ def _ratios_of(op: str, races: list[dict]) -> str:
 
 
 def _ratios(races: list[dict]) -> tuple[list[str], list[list[str]]]:
-    columns = ["op", "case", "direction", *RATIOS, "extra MiB", "bf16 extra MiB"]
+    peers = dict.fromkeys(name for race in races for name in race["ratios"] if name.startswith("over "))
+    titles = {f"× {name[5:-5]}": name for name in peers if name.endswith(" fp32")} | RATIOS
+    columns = ["op", "case", "direction", *titles, "extra MiB", "bf16 extra MiB"]
     rows = []
     for race in races:
-        formats = ("{:.0%}" if "roofline" in title else "{:.2f}" for title in RATIOS)
-        ratios = [_number(race["ratios"].get(key), form) for key, form in zip(RATIOS.values(), formats, strict=True)]
+        formats = ("{:.0%}" if "roofline" in title else "{:.2f}" for title in titles)
+        ratios = [_number(race["ratios"].get(key), form) for key, form in zip(titles.values(), formats, strict=True)]
         memory = [_number(race["contenders"][f"ours {t}"].get("extra_mib"), "{:.1f}") for t in ("fp32", "bf16")]
         rows.append([race["op"], race["case"], race["direction"], *ratios, *memory])
     return columns, rows

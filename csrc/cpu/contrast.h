@@ -112,18 +112,14 @@ class ContrastRunner {
   SideLayout set_logits(bool backward) {
     const int64_t dim = job_.query.in.dim, words = kernel_.bf16 ? (dim + 1) / 2 : dim;
     const int64_t rows = std::max(job_.query.in.count, job_.symmetric ? 0 : job_.key.in.count);
-    job_.logits = {dim,
-                   words,
-                   rows >= 1024 ? kMaxTile : kMaxTile / 2,  // smaller ones share out better among threads
-                   job_.scale,
-                   job_.bounded,
-                   job_.columns || job_.symmetric,
-                   job_.symmetric ? Triangle::kSelf : Triangle::kNone,
-                   job_.skip,
-                   job_.skips,
-                   job_.query.ids != nullptr,
-                   nullptr,
-                   static_cast<float>(job_.bias * kLog2E)};
+    const int64_t tile = rows >= 1024 ? kMaxTile : kMaxTile / 2;  // smaller ones share out better among threads
+    job_.logits = make_logits(dim, words, tile, job_.scale, job_.bounded);
+    job_.logits.columns = job_.columns || job_.symmetric;
+    job_.logits.triangle = job_.symmetric ? Triangle::kSelf : Triangle::kNone;
+    job_.logits.skip = job_.skip;
+    job_.logits.skips = job_.skips;
+    job_.logits.ids = job_.query.ids != nullptr;
+    job_.logits.bias2 = static_cast<float>(job_.bias * kLog2E);
     return {kernel_.panel, dim, words, kernel_.bf16, backward, job_.logits.ids};
   }
 
@@ -240,7 +236,7 @@ class ContrastRunner {
   }
 
   void clear_lane(const Side& lane, int64_t begin, int64_t end) const {
-    for (int64_t row = begin; row < end; row++) lane.sums[row] = 0, lane.maxima[row] = kNothing;
+    for (int64_t row = begin; row < end; row++) lane.sums[row] = 0, lane.maxima[row] = -job_.logits.none2;
     for (int64_t column = 0; job_.attract && column < job_.logits.dim; column += kernel_.panel) {
       float* grad = lane.grad + column * lane.padded_rows;
       std::fill(grad + begin * kernel_.panel, grad + end * kernel_.panel, 0.f);
@@ -261,7 +257,7 @@ class ContrastRunner {
   }
 
   void merge_lanes(int64_t row) {
-    float peak = kNothing;
+    float peak = -job_.logits.none2;
     for (const Side& lane : lanes_) peak = std::max(peak, lane.maxima[row]);
     double total = 0;
     std::vector<double> factors(lanes_.size());
@@ -282,14 +278,12 @@ class ContrastRunner {
 
   // ---- closing
 
-  static constexpr float kNothing = -1e38f;  // the maximum of no logit, as the tiles have it
-
   double logsumexp(double total, float peak) const {
-    const double offset = job_.bounded ? std::fabs(job_.scale) : peak / kLog2E;
+    const double offset = (job_.bounded ? job_.logits.bound2 : peak) / kLog2E;
     return total > 0 ? std::log(total) + offset : -std::numeric_limits<double>::infinity();
   }
-  static float natural(float base2) {
-    return base2 <= kNothing ? -std::numeric_limits<float>::infinity() : static_cast<float>(base2 / kLog2E);
+  float natural(float base2) const {
+    return base2 <= -job_.logits.none2 ? -std::numeric_limits<float>::infinity() : static_cast<float>(base2 / kLog2E);
   }
   float grad_at(const Side& side, int64_t row, int64_t d) const {
     const int64_t panel = kernel_.panel;

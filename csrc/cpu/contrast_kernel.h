@@ -16,7 +16,7 @@ void pack_contrast(const ContrastJob& job, const ContrastSide& of, int64_t panel
     side.id_low[row] = static_cast<int32_t>(id);
     side.id_high[row] = static_cast<int32_t>(id >> 32);
   }
-  if (side.sums) clear_sums(side, panel);
+  if (side.sums) clear_sums(job.logits, side, panel);
   if (side.grad) clear_grad(side, of.in.dim, panel);
   for (int64_t row = panel * kPanel; side.weight && row < (panel + 1) * kPanel; row++) {
     clear_gradient(side, row);

@@ -90,8 +90,9 @@ class NtXentRunner {
     z.padded_rows = round_up(z.rows, kernel_.panel);
     const int64_t dim = job_.in.dim, words = kernel_.bf16 ? (dim + 1) / 2 : dim;
     const int64_t tile = z.rows >= 1024 ? kMaxTile : kMaxTile / 2;  // smaller ones share out better among threads
-    job_.logits = {dim,   words,   tile, 1 / job_.temperature, job_.bounded, true, Triangle::kPairs, nullptr, 0,
-                   false, nullptr, 0};
+    job_.logits = make_logits(dim, words, tile, 1 / job_.temperature, job_.bounded);
+    job_.logits.columns = true;
+    job_.logits.triangle = Triangle::kPairs;
     const SideLayout layout{kernel_.panel, dim, words, kernel_.bf16, backward, false};
     workspace_.allocate([&](Workspace& w) {
       layout.take(w, z);

@@ -14,7 +14,7 @@ void pack(const NtXentJob& job, int64_t panel, bool backward, void* scratch) {
       cosine[r / 2] += dot(s.rows + r * kChunk, s.rows + (r + 1) * kChunk, count);
   });
   if (!backward) {
-    clear_sums(job.z, panel);
+    clear_sums(job.logits, job.z, panel);
     for (int64_t r = 0; r < kPanel; r++) {
       const int64_t pair = panel * kPanel + r / 2 * 2;
       job.cosine[panel * kPanel + r] = cosine[r / 2] * job.z.residual[pair] * job.z.residual[pair + 1];
@@ -35,7 +35,7 @@ inline void forward_rows(const NtXentJob& job, int64_t panel, void* /*scratch*/)
   for (int64_t row = panel * kPanel; row < min((panel + 1) * kPanel, job.z.rows); row++) {
     const int64_t at = job.output_row(row);
     const double positive = job.cosine[row] / job.temperature;
-    const double offset = job.bounded ? 1 / __builtin_fabs(job.temperature) : job.z.maxima[row] / kLog2E;
+    const double offset = (job.bounded ? job.logits.bound2 : job.z.maxima[row]) / kLog2E;
     const double top = offset > positive ? offset : positive;
     const double others = job.z.sums[row] * __builtin_exp(offset - top), own = __builtin_exp(positive - top);
     double loss = others < own ? __builtin_log1p(others / own) : __builtin_log(others + own) + top - positive;

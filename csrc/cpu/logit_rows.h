@@ -147,13 +147,10 @@ SSLK_INLINE void pack_panel(const Rows& in, const Side& side, int64_t words, int
   }
 }
 
-constexpr float kMasked = -2e38f;     // a logit that takes no part
-constexpr float kNoMaximum = -1e38f;  // the maximum of none: exp2(kMasked - kNoMaximum) is 0
-
 // Gives every row of a panel, padding too, empty sums of the forward.
-SSLK_INLINE void clear_sums(const Side& side, int64_t panel) {
+SSLK_INLINE void clear_sums(const Logits& logits, const Side& side, int64_t panel) {
   for (int64_t row = panel * kPanel; row < (panel + 1) * kPanel; row++)
-    side.sums[row] = 0, side.maxima[row] = kNoMaximum;
+    side.sums[row] = 0, side.maxima[row] = -logits.none2;
 }
 
 // Gives a panel a gradient of zeros.
@@ -170,7 +167,7 @@ SSLK_INLINE void clear_grad(const Side& side, int64_t dim, int64_t panel) {
 SSLK_INLINE void prepare_gradient(const Logits& logits, const Side& side, int64_t row, double gradient,
                                   double logsumexp) {
   const bool empty = logsumexp < -1e300;
-  const double offset = empty ? 0 : logsumexp * kLog2E, bound = __builtin_fabs(logits.scale);
+  const double offset = empty ? 0 : logsumexp * kLog2E, bound = logits.bound2 / kLog2E;
   const double weight = logits.bounded ? gradient * __builtin_exp(bound - logsumexp) : gradient;
   side.weight[row] = empty ? 0 : static_cast<float>(weight);
   side.logsumexp2[row] = static_cast<float>(offset);

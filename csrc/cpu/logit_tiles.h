@@ -47,8 +47,7 @@ struct LogitTile {
   const int64_t height = min(logits.tile, a.padded_rows - i0), width = min(logits.tile, b.padded_rows - j0);
   const bool diagonal = logits.triangle != Triangle::kNone && i0 == j0;
   const bool masked = any_masked();
-  const float to_base2 = static_cast<float>(kLog2E * logits.scale);
-  const float bound2 = to_base2 < 0 ? -to_base2 : to_base2;
+  const float to_base2 = logits.to_base2, to_base2_low = logits.to_base2_low, bound2 = logits.bound2;
 
   // ---- S, block by block; epilogue(row, column, block) gets each finished block.
 
@@ -96,16 +95,22 @@ struct LogitTile {
       __builtin_prefetch(next + at, 0, 2);
   }
 
-  // c := logits in base 2, minus the bound if there is one.
+  // The logit of a similarity in base 2, minus an offset. The difference is taken first, where the large parts cancel.
+  SSLK_INLINE Vec logit(Vec s, Vec offset) const {
+    return fused(s, broadcast(to_base2_low), fused(s, broadcast(to_base2), -offset));
+  }
+
+  // c := similarities: what the packed rows still have to be multiplied by goes in.
+  SSLK_INLINE void to_similarities(int64_t row, int64_t column, FullBlock& c) const {
+    if constexpr (kBf16)
+      SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
+          c[r][v] * (load(b.residual + j0 + column + v * kLanes) * a.residual[i0 + row + r]);
+  }
+  // c := logits in base 2, minus an offset.
   SSLK_INLINE void to_logits(int64_t row, int64_t column, FullBlock& c, float offset) const {
-    SSLK_UNROLL for (int r = 0; r < kRows; r++) {
-      const float factor = kBf16 ? to_base2 * a.residual[i0 + row + r] : to_base2;
-      SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
-        Vec s = c[r][v];
-        if constexpr (kBf16) s = s * load(b.residual + j0 + column + v * kLanes);
-        c[r][v] = s * factor - offset;
-      }
-    }
+    to_similarities(row, column, c);
+    SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
+        logit(c[r][v], broadcast(offset));
   }
 
   // ---- what takes no part
@@ -204,16 +209,18 @@ struct LogitTile {
       store(b.sums + j0 + at, load(b.sums + j0 + at) + load(scratch.column_sums + at));
   }
 
-  // Without a bound: the tile is kept, and a running maximum taken along its rows, then along its columns.
+  // Without a bound: the tile is kept, and a running maximum taken along its rows, then along its columns. It holds
+  // similarities, so that what goes into exp is the difference of a logit and the maximum, rounded once.
   SSLK_INLINE void forward_online(bool attract) {
+    const float far = static_cast<float>(to_base2 < 0 ? kFarSimilarity : -kFarSimilarity);
     similarities([&](int64_t row, int64_t column, FullBlock& c) __attribute__((always_inline)) {
-      to_logits(row, column, c, 0);
+      to_similarities(row, column, c);
       if (masked && logits.own_logit) {
-        store_logits(row, column, c);
+        keep(row, column, c);
         keep_own_logits(row, column);
       }
-      mask(row, column, c, kMasked);
-      store_logits(row, column, c);
+      mask(row, column, c, far);
+      keep(row, column, c);
     });
     if (attract) {
       attract_online();
@@ -223,9 +230,13 @@ struct LogitTile {
     for (int64_t at = 0; logits.columns && at < width; at += kLanes) add_columns(at);
   }
 
-  SSLK_INLINE void store_logits(int64_t row, int64_t column, const FullBlock& c) const {
+  SSLK_INLINE void keep(int64_t row, int64_t column, const FullBlock& c) const {
     SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++)
         store(scratch.s + (row + r) * kTileStride + column + v * kLanes, c[r][v]);
+  }
+  // The logit of an element that was kept.
+  SSLK_INLINE float kept_logit(int64_t r, int64_t at) const {
+    return logit(broadcast(scratch.s[r * kTileStride + at]), Vec{})[0];
   }
 
   // The positives' logits as the tiles have them: only so is a tie with a negative seen as a tie.
@@ -233,12 +244,12 @@ struct LogitTile {
     if (logits.triangle == Triangle::kPairs) {
       for (int64_t r = row; r < row + kRows && diagonal; r += 2)
         if (column <= r && r < column + kPanel)
-          logits.own_logit[i0 + r] = logits.own_logit[i0 + r + 1] = scratch.s[r * kTileStride + r + 1];
+          logits.own_logit[i0 + r] = logits.own_logit[i0 + r + 1] = kept_logit(r, r + 1);
       return;
     }
     for (int64_t r = row; logits.skips > 0 && r < min(row + kRows, a.rows - i0); r++) {
       const int64_t at = logits.skip[(i0 + r) * logits.skips] - b.first - j0;
-      if (column <= at && at < column + kPanel) logits.own_logit[i0 + r] = scratch.s[r * kTileStride + at];
+      if (column <= at && at < column + kPanel) logits.own_logit[i0 + r] = kept_logit(r, at);
     }
   }
 
@@ -247,7 +258,7 @@ struct LogitTile {
     const float* row = scratch.s + r * kTileStride;
     const float before = a.maxima[i0 + r];
     Vec largest = broadcast(before);
-    for (int64_t at = first; at < width; at += kLanes) largest = max(largest, load(row + at));
+    for (int64_t at = first; at < width; at += kLanes) largest = max(largest, logit(load(row + at), Vec{}));
     a.maxima[i0 + r] = maximum(largest);
     return exp2(broadcast(before - a.maxima[i0 + r]))[0];
   }
@@ -258,7 +269,7 @@ struct LogitTile {
     const float* row = scratch.s + r * kTileStride;
     const Vec top = broadcast(a.maxima[i0 + r]);
     Vec total{};
-    for (int64_t at = first; at < width; at += kLanes) total += exp2(load(row + at) - top);
+    for (int64_t at = first; at < width; at += kLanes) total += exp2(logit(load(row + at), top));
     a.sums[i0 + r] = a.sums[i0 + r] * rescale + sum(total);
   }
 
@@ -267,8 +278,8 @@ struct LogitTile {
     const float* column = scratch.s + at;
     const Vec before = load(b.maxima + j0 + at);
     Vec top = before, total{};
-    for (int64_t r = 0; r < end; r++) top = max(top, load(column + r * kTileStride));
-    for (int64_t r = 0; r < end; r++) total += exp2(load(column + r * kTileStride) - top);
+    for (int64_t r = 0; r < end; r++) top = max(top, logit(load(column + r * kTileStride), Vec{}));
+    for (int64_t r = 0; r < end; r++) total += exp2(logit(load(column + r * kTileStride), top));
     store(b.sums + j0 + at, load(b.sums + j0 + at) * exp2(before - top) + total);
     store(b.maxima + j0 + at, top);
   }
@@ -288,8 +299,10 @@ struct LogitTile {
     for (int64_t column = 0; column < width; column += kPanel)
       for (int64_t row = 0; row < height; row += kRows) {
         FullBlock c;
-        SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
-            exp2(load(scratch.s + (row + r) * kTileStride + column + v * kLanes) - a.maxima[i0 + row + r]);
+        SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
+          const Vec s = load(scratch.s + (row + r) * kTileStride + column + v * kLanes);
+          c[r][v] = exp2(logit(s, broadcast(a.maxima[i0 + row + r])));
+        }
         add_to_row_sums(row, c);
         store_g(row, column, c);
       }
@@ -320,14 +333,14 @@ struct LogitTile {
 
   // The offsets come in two parts: at small temperatures the logits are large, and p is nearly 1 where the two cancel.
   SSLK_INLINE void weigh_online(int64_t row, int64_t column, FullBlock& c) const {
-    to_logits(row, column, c, 0);
+    to_similarities(row, column, c);
     SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
       const int64_t j = j0 + column + v * kLanes;
       SSLK_UNROLL for (int r = 0; r < kRows; r++) {
         const int64_t i = i0 + row + r;
-        Vec g = exp2(c[r][v] - a.logsumexp2[i] - a.logsumexp2_low[i]) * a.weight[i];
+        Vec g = exp2(logit(c[r][v], broadcast(a.logsumexp2[i])) - a.logsumexp2_low[i]) * a.weight[i];
         if (logits.columns)
-          g += exp2(c[r][v] - load(b.logsumexp2 + j) - load(b.logsumexp2_low + j)) * load(b.weight + j);
+          g += exp2(logit(c[r][v], load(b.logsumexp2 + j)) - load(b.logsumexp2_low + j)) * load(b.weight + j);
         c[r][v] = g;
       }
     }

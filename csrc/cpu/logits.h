@@ -48,8 +48,11 @@ enum class Triangle {
 struct Logits {
   int64_t dim, words, tile;
   double scale;
-  bool bounded;  // |logit| <= |scale|, close enough to subtract that bound instead of the row's maximum
-  bool columns;  // sums along the columns too
+  float to_base2, to_base2_low;  // log2(e) * scale in two parts, so that large logits are as exact as small ones
+  float bound2;                  // log2(e) * |scale|
+  float none2;                   // minus the maximum (base 2) of no logits; a pair that is left out lies below it
+  bool bounded;                  // |logit| <= |scale|, close enough to subtract that bound instead of the row's maximum
+  bool columns;                  // sums along the columns too
   Triangle triangle;
   const int64_t* skip;  // (rows, skips): columns that a row leaves out
   int64_t skips;
@@ -57,6 +60,24 @@ struct Logits {
   float* own_logit;  // if not null, per row: the logit of its first skip, or of its neighbour (base 2)
   float bias2;       // sigmoid: added to the logit, in base 2; what is left out belongs together instead
 };
+
+constexpr double kFarSimilarity = 0x1p100;  // of pairs that are left out, in size; and half of it is out of reach
+
+inline Logits make_logits(int64_t dim, int64_t words, int64_t tile, double scale, bool bounded) {
+  const double tiny = scale < 0 ? -1e-20 : 1e-20;  // so that pairs that are left out stay out at a scale of 0
+  const double factor = kLog2E * (scale < -1e-20 || scale > 1e-20 ? scale : tiny);
+  Logits logits{};
+  logits.dim = dim;
+  logits.words = words;
+  logits.tile = tile;
+  logits.scale = scale;
+  logits.bounded = bounded;
+  logits.to_base2 = static_cast<float>(factor);
+  logits.to_base2_low = static_cast<float>(factor - logits.to_base2);
+  logits.bound2 = static_cast<float>(factor < 0 ? -factor : factor);
+  logits.none2 = static_cast<float>(kFarSimilarity / 2) * logits.bound2;
+  return logits;
+}
 
 // Takes what a side needs from a workspace.
 struct SideLayout {

@@ -47,6 +47,18 @@ SSLK_INLINE void store_unaligned(void* p, Vec v) { *static_cast<VecUnaligned*>(p
 SSLK_INLINE Vec broadcast(float x) { return x - Vec{}; }
 SSLK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// a * b + c, rounded once where the processor can: spelt out where both passes must find the same bits, since the
+// compiler contracts a product only next to its sum.
+SSLK_INLINE Vec fused(Vec a, Vec b, Vec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // Hides from the compiler what v holds, without moving it out of its register.
 SSLK_INLINE void opaque(Vec& v) {
 #if defined(__AVX512F__)
