@@ -5,6 +5,7 @@
 
 from sslkernels.nn.drop_in import AveragedModel, ModelEmaV3
 from sslkernels.nn.ema import EMATeacher
+from sslkernels.nn.memory_bank import MemoryBank
 from sslkernels.nn.momentum import ConstantMomentum, CosineMomentum, EqualMomentum, PowerMomentum, WarmupMomentum
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CosineMomentum",
     "EMATeacher",
     "EqualMomentum",
+    "MemoryBank",
     "ModelEmaV3",
     "PowerMomentum",
     "WarmupMomentum",
