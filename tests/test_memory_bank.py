@@ -1,4 +1,4 @@
-"""The memory bank: laws of the ring, the loss that reads it while it is written, storage, resuming, processes, errors."""
+"""The memory bank: laws of the ring, losses that read it while it is written, storage, resuming, errors."""
 
 import copy
 import io

@@ -94,7 +94,7 @@ class MemoryBank(nn.Module):
             return
         self._check(keys)
         self.follow(keys.device)
-        keys = self.processes.gather(keys.detach())
+        keys = torch.cat(self.processes.gather(keys))
         count, rows = keys.shape[0], self.size[0]
         kept = torch.arange(max(count - rows, 0), count, device=keys.device)
         self.bank.index_copy_(0, (self.bank_ptr + kept) % rows, keys[-rows:].to(self.bank.dtype))
