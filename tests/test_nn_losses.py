@@ -466,6 +466,11 @@ def test_errors_of_temperatures(name, temperature, error, message):
             ValueError,
             "NTXentLoss: exchange must be one of 'gather', 'ring', got 'star'",
         ),
+        (
+            lambda: ours.InfoNCELoss(group=3),
+            TypeError,
+            "InfoNCELoss: group must be a torch.distributed.ProcessGroup that has this rank, got 3",
+        ),
         (lambda: ours.DCLLoss(weight_fn=2), TypeError, "DCLLoss: weight_fn must be callable or None, got int"),
         (
             lambda: ours.DCLWLoss(sigma=0),

@@ -190,10 +190,7 @@ class DCLWLoss(DCLLoss):
         super().__init__(temperature, weights, gather_distributed, group=group, exchange=exchange)
 
     def _weights(self, z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
-        similarities = self.processes.gather((z0 * z1).sum(dim=1, keepdim=True))
-        every = torch.cat(similarities)
-        weights = self.weight_fn(every, torch.ones_like(every))
-        return weights.split([len(part) for part in similarities])[self.processes.rank()].repeat(2)
+        return self.weight_fn(z0, z1, group=self.processes.active()).repeat(2)
 
 
 class InfoNCELoss(ContrastiveLoss):

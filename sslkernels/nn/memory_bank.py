@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sslkernels.distributed import gather
 from sslkernels.nn.processes import Processes
 
 NAME = "MemoryBank"
@@ -94,7 +95,7 @@ class MemoryBank(nn.Module):
             return
         self._check(keys)
         self.follow(keys.device)
-        keys = torch.cat(self.processes.gather(keys))
+        keys = gather(keys.detach(), self.processes.active())
         count, rows = keys.shape[0], self.size[0]
         kept = torch.arange(max(count - rows, 0), count, device=keys.device)
         self.bank.index_copy_(0, (self.bank_ptr + kept) % rows, keys[-rows:].to(self.bank.dtype))

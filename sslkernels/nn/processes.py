@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import distributed
+import torch.distributed as dist
 
-EXCHANGES = ("gather", "ring")
+from sslkernels.distributed import EXCHANGES
 
 
 class Processes:
@@ -18,46 +18,41 @@ class Processes:
         if exchange not in EXCHANGES:
             raise ValueError(f"{name}: exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {exchange!r}")
         self.wanted = bool(wanted) or group is not None
-        if self.wanted and not distributed.is_available():
+        if self.wanted and not dist.is_available():
             raise ValueError(f"{name}: gathering needs a torch that is built with torch.distributed")
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"{name}: group must be a torch.distributed.ProcessGroup that has this rank, got {group!r}")
         self.group = group
         self.exchange = exchange
 
     def __deepcopy__(self, memo) -> Processes:
         return self
 
+    def active(self):
+        """The group; None where none is wanted, none has been set up, or this process is alone in it."""
+        if not self.wanted or not dist.is_initialized():
+            return None
+        group = dist.group.WORLD if self.group is None else self.group
+        return group if group.size() > 1 else None
+
     def count(self) -> int:
-        """How many there are; 1 where none are wanted, or no group has been set up."""
-        return distributed.get_world_size(self.group) if self.wanted and distributed.is_initialized() else 1
+        group = self.active()
+        return 1 if group is None else group.size()
 
     def rank(self) -> int:
-        return distributed.get_rank(self.group) if self.count() > 1 else 0
+        group = self.active()
+        return 0 if group is None else group.rank()
 
     def options(self) -> dict:
-        """Arguments of a public function; none where there is only this process."""
-        if self.count() == 1:
-            return {}
-        return {"group": self.group or distributed.group.WORLD, "exchange": self.exchange}
-
-    @torch.no_grad()
-    def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """The rows of each process, without grad; each may have any number of them."""
-        if self.count() == 1:
-            return [rows.detach()]
-        own = torch.tensor([len(rows)], device=rows.device)
-        counts = [torch.empty_like(own) for _ in range(self.count())]
-        distributed.all_gather(counts, own, group=self.group)
-        counts = torch.cat(counts).tolist()
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in counts]
-        distributed.all_gather(parts, padded, group=self.group)
-        return [part[:count] for part, count in zip(parts, counts, strict=True)]
+        """Arguments of a public function; none where this process is alone."""
+        group = self.active()
+        return {} if group is None else {"group": group, "exchange": self.exchange}
 
     def mean(self, rows: torch.Tensor) -> torch.Tensor:
-        """The mean of the rows of all processes as the average over processes of what this gives; 0 of no rows."""
-        if self.count() == 1:
+        """The mean of the rows of all processes, as the average over processes of what this gives; 0 of no rows."""
+        group = self.active()
+        if group is None:
             return rows.sum() / max(len(rows), 1)
-        total = torch.tensor(len(rows), dtype=torch.float64, device=rows.device)
-        distributed.all_reduce(total, group=self.group)
-        return rows.sum() * (self.count() / total.clamp_min(1)).to(rows.dtype)
+        total = torch.tensor(len(rows), device=rows.device)
+        dist.all_reduce(total, group=group)
+        return rows.sum() * group.size() / total.clamp_min(1)
