@@ -68,12 +68,11 @@ struct LogitTile {
   SSLK_INLINE void similarity_block(int64_t row, int64_t column, int64_t k, int64_t steps, const Epilogue& epilogue) {
     FullBlock c;
     float* partial = scratch.s + row * kTileStride + column;
-    if (k == 0)
-      clear<kVecs>(c);
-    else
-      SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
-          load(partial + r * kTileStride + v * kLanes);
+    clear<kVecs>(c);
     multiply<kBf16, kVecs, 1, kPanel>(steps, panel_word(a, i0 + row, k), panel_word(b, j0 + column, k), c);
+    if (k > 0)  // added to the sums so far, not continued from them: short sums round less
+      SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] +=
+          load(partial + r * kTileStride + v * kLanes);
     if (k + steps == logits.words) {
       epilogue(row, column, c);
     } else {
