@@ -48,6 +48,16 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
 
 
+def add_encoder_arguments(parser: argparse.ArgumentParser, method: str, norm: str) -> argparse._ArgumentGroup:
+    """The method's own group, to which it may add more. ``norm`` says what --norm means for it."""
+    group = parser.add_argument_group(method)
+    group.add_argument("--backbone", default="test_resnet", metavar="NAME", help="of timm (default: %(default)s)")
+    group.add_argument("--norm", choices=("batch", "group"), default="batch", help=norm)
+    group.add_argument("--dim", type=whole(1), default=128, help="of the embeddings (default: %(default)s)")
+    group.add_argument("--temperature", type=positive, default=0.2, help="default: %(default)s")
+    return group
+
+
 def whole(least: int) -> Callable[[str], int]:
     """An argparse type: a whole number, at least so large."""
 
@@ -66,6 +76,14 @@ def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
     return value
 
 
