@@ -94,9 +94,8 @@ def clip_loss(
     positive = core.positive_logits(images[:pairs], texts[:pairs], scale)
     rows = (core.row_losses(found.rows[:pairs], positive) + core.row_losses(found.columns[:pairs], positive)) / 2
     if label_smoothing:
-        other = images[:pairs] @ texts.sum(dim=0) / max(len(texts), 1)
-        other = other + texts[:pairs] @ images.sum(dim=0) / max(len(images), 1)
-        rows = rows + label_smoothing * (positive - other.double() * scale.double() / 2)
+        mean = _mean_logits(images, texts, pairs).double() * scale.double()
+        rows = rows + label_smoothing * (positive - mean)
     if bias is not None:
         rows = rows + 0 * bias  # which gives it the gradient that it has
     loss = reduce_rows(rows, reduction).to(scale.dtype)
@@ -167,6 +166,13 @@ def sigmoid_loss(
 def _check_towers(name: str, image_features, text_features) -> None:
     arguments.check_matrix(name, "image_features", image_features)
     arguments.check_columns(name, "text_features", text_features, "image_features", image_features)
+
+
+@contrast_reference.full_precision
+def _mean_logits(images, texts, pairs: int):
+    """(pairs,) mean over all classes and both directions of the products, from sums of embeddings."""
+    mean = images[:pairs] @ texts.sum(dim=0) / max(len(texts), 1)
+    return (mean + texts[:pairs] @ images.sum(dim=0) / max(len(images), 1)) / 2
 
 
 def _pair_ids(name: str, argument: str, ids, images, texts):

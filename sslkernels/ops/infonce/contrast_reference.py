@@ -5,10 +5,25 @@ Nothing here is fused: the N x M logits exist.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from sslkernels.ops.infonce.reference import NORMALIZE_EPS
+
+
+def full_precision(function):
+    """Runs it without autocast, which would round matrix products to 16 bits."""
+
+    @functools.wraps(function)
+    def run(first, *others, **named):
+        if not torch.amp.is_autocast_available(first.device.type):
+            return function(first, *others, **named)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *others, **named)
+
+    return run
 
 
 def kept(query, key, skip, query_ids, key_ids):
@@ -37,6 +52,7 @@ def _logsumexp(logits, dim):
     return torch.logsumexp(logits, dim) if logits.shape[dim] else logits.new_full(logits.sum(dim).shape, -torch.inf)
 
 
+@full_precision
 def contrast(query, key, scale, skip, query_ids, key_ids, normalize_key, columns, peaks):
     """The outputs of ``sslkernels::contrast_fwd`` but for the attraction, differentiable; in the dtype of the query."""
     logits = similarities(query, key, normalize_key)[0] * scale
@@ -60,6 +76,7 @@ def _skipped(logits, skip):
     return torch.where(inside, logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0], none)
 
 
+@full_precision
 def contrast_fwd(
     query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul
 ):
@@ -78,6 +95,7 @@ def _softmax(logits, logsumexp, keep):
     return (logits - logsumexp.to(logits.dtype)).masked_fill(~keep, -torch.inf).exp()
 
 
+@full_precision
 def contrast_bwd(
     grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, skip, query_ids, key_ids, unit, bounded, matmul
 ):
@@ -101,17 +119,20 @@ def _signs(query, key, positive, query_ids, key_ids):
     return 1 - 2 * kept(query, key, positive, query_ids, key_ids).to(query.dtype)
 
 
+@full_precision
 def sigmoid_contrast(query, key, scale, bias, positive, query_ids, key_ids):
     """The output of ``sslkernels::sigmoid_contrast_fwd``, differentiable; in the dtype of the query."""
     logits = query @ key.T * scale + bias
     return F.softplus(-_signs(query, key, positive, query_ids, key_ids) * logits, threshold=50).sum(dim=1)
 
 
+@full_precision
 def sigmoid_contrast_fwd(query, key, scale, bias, positive, query_ids, key_ids, matmul):
     """Default kernel of ``sslkernels::sigmoid_contrast_fwd``, for every device."""
     return sigmoid_contrast(query, key, scale, bias, positive, query_ids, key_ids).double()
 
 
+@full_precision
 def sigmoid_contrast_bwd(grad_rows, query, key, scale, bias, positive, query_ids, key_ids, matmul):
     """Default kernel of ``sslkernels::sigmoid_contrast_bwd``: d softplus(-y l) / dl = -y sigmoid(-y l)."""
     products = query @ key.T

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from sslkernels.ops.infonce import arguments
 from sslkernels.ops.infonce import contrast as core
 from sslkernels.ops.infonce.contrast import ContrastiveStats
+from sslkernels.ops.infonce.contrast_reference import full_precision
 from sslkernels.ops.infonce.reference import NORMALIZE_EPS, reduce_rows
 
 NAME = "info_nce"
@@ -155,6 +156,7 @@ def _queue(q, keys, scale, normalize: bool, options: dict) -> core.Contrast:
     return core.contrast(q, keys, scale, normalize_key=normalize, **options)
 
 
+@full_precision
 def _paired(q, keys, scale, normalize: bool) -> core.Contrast:
     keys = keys.to(q.dtype)
     if normalize:
@@ -166,6 +168,7 @@ def _paired(q, keys, scale, normalize: bool) -> core.Contrast:
     return core.Contrast(lse, none, peaks, none, none)
 
 
+@full_precision
 def _mean_logit(q, k, negative_keys, paired: bool, positive, scale, normalize: bool):
     """(N,) mean over all classes of the logits, from sums of keys."""
     if paired:

@@ -118,7 +118,8 @@ def mises_fisher_weights(z0: torch.Tensor, z1: torch.Tensor, sigma: float = 0.5)
     Source: Yeh et al., Decoupled Contrastive Learning (2022), section 3.2.
     """
     arguments.check_pair("mises_fisher_weights", "z0", z0, "z1", z1)
-    products = (z0.detach().float() * z1.detach().float()).sum(dim=1)
+    compute = arguments.accumulation_dtype(z0)
+    products = (z0.detach().to(compute) * z1.detach().to(compute)).sum(dim=1)
     return 2 - z0.shape[0] * torch.softmax(products / sigma, dim=0)
 
 
