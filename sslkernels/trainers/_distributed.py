@@ -60,7 +60,7 @@ def spread(model: nn.Module, world: World, device: torch.device, parts: int) -> 
 
 
 def share_buffers(model: nn.Module, world: World) -> None:
-    """Give every process the leading one's buffers now, as DistributedDataParallel does before the next forward pass."""
+    """Give every process the leading one's buffers; DistributedDataParallel does so only before a forward pass."""
     if world.size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

@@ -1,12 +1,11 @@
 """MoCo v2: query and key of an image attract, the keys of earlier images, in a queue, repel (Chen et al., 2020).
 
-The keys come from a momentum teacher of the query encoder. With ordinary batch norm a query would know its own key by the
-statistics of their batch, which the keys of the queue do not share; MoCo hides them by shuffling the images among GPUs.
-Here nothing is shuffled and nothing to hide, on one process or many:
-
---norm batch: queries are normalised by their batch, keys by running statistics, which follow the query encoder as its
-weights do (Cai et al., Exponential Moving Average Normalization, 2021). A key depends on its own image alone.
---norm group: group norm and layer norm; no image meets another in either encoder.
+The keys come from a momentum teacher of the query encoder. With ordinary batch norm a query would know its own key by
+the statistics of their batch, which the keys of the queue do not share; MoCo hides them by shuffling the images among
+GPUs. Here nothing is shuffled, and there is nothing to hide, on one process or many. "--norm batch": queries are
+normalised by their batch, keys by running statistics, which follow the query encoder's as the weights do (Cai et al.,
+Exponential Moving Average Normalization, 2021), so that a key depends on its own image alone. "--norm group": group norm
+and layer norm; no image meets another in either encoder.
 """
 
 from __future__ import annotations
@@ -16,8 +15,9 @@ import copy
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.optim import swa_utils
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sslkernels
 from sslkernels.nn import EMATeacher, MemoryBank
@@ -63,8 +63,10 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     backbone = build_backbone(args.backbone, data, args.norm).to(device)
     untrained = copy.deepcopy(backbone)
     model = nn.Sequential(backbone, projector(backbone.num_features, args.dim, args.norm).to(device))
+    pairs = TwoViews(data.train, augmentation(data), args.seed)
+    start_statistics(model, torch.stack([pairs[0, i][1] for i in range(args.batch_size)]).to(device))
     teacher = key_encoder(model, args.momentum, args.ops)
-    bank = MemoryBank((args.queue, args.dim)).to(device)
+    bank = MemoryBank((args.queue, args.dim), gather_distributed=world.size > 1, device=device)
     optimizer = build_optimizer(model, args.optimizer, args.weight_decay)
     parts = {"model": model, "teacher": teacher, "bank": bank, "optimizer": optimizer}
     saved = _checkpoint.begin(args, world, parts)
@@ -72,20 +74,30 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     peak_lr = args.lr or LEARNING_RATES[args.optimizer]
     start, end = saved.get("step", 0), min(args.steps, args.stop_after or args.steps)
 
+    filled = min(start * args.batch_size, args.queue)  # rows without a key yet are no negatives
+
     def embed(network, images):  # (n, C, H, W) -> (n, dim)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             return network(images)
 
-    def loss_of(network, micro_batch):  # the losses and hits of its queries, (2, n), their sum over this process's batch
+    def loss_of(
+        network, micro_batch
+    ):  # the losses and hits of its queries, (2, n), their sum over this process's batch
         images, keys = micro_batch
         backend = "reference" if args.ops == "reference" else None
         loss, stats = sslkernels.info_nce(
-            embed(network, images), keys, bank.keys, args.temperature, reduction="none", return_stats=True, backend=backend
+            embed(network, images),
+            keys,
+            bank.keys[:filled],
+            args.temperature,
+            reduction="none",
+            return_stats=True,
+            backend=backend,
         )
         return loss.sum() * world.size / args.batch_size, torch.stack([loss.detach(), stats.top1.to(loss.dtype)])
 
     step_keys = StepKeys(len(data.train), args.batch_size, range(start, end), args.seed, world.rank, world.size)
-    loader = view_loader(TwoViews(data.train, augmentation(data), args.seed), step_keys, args.workers)
+    loader = view_loader(pairs, step_keys, args.workers)
     with open_log(world.leads, args.out, ("loss", "top1", "lr"), args.steps, start, saved.get("log", 0)) as log:
         for step, views in enumerate(loader, start):
             lr = peak_lr * warmup_cosine(step, args.steps, args.warmup)
@@ -93,13 +105,14 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             optimizer.zero_grad()
             images, key_images = (view.chunk(args.accumulate) for view in views.to(device))
             with torch.no_grad():
-                keys = [embed(teacher, part) for part in key_images]
+                keys = [F.normalize(embed(teacher, part).float()) for part in key_images]
             seed = seed_of(args.seed, FORWARD, step, world.rank)
             rows = _accumulate.backward_of_sum(parallel, list(zip(images, keys, strict=True)), loss_of, seed)
             optimizer.step()
             share_buffers(model, world)  # or the teachers would follow different statistics
             teacher.update_parameters(model)
-            bank.enqueue(gather(torch.cat(keys)[None], world)[0])  # the same queue in every process
+            bank.enqueue(torch.cat(keys))  # of all processes: the same queue in each
+            filled = min(filled + args.batch_size, args.queue)
             loss, top1 = gather(torch.cat(rows, dim=1)[..., None], world).mean(dim=(1, 2)).tolist()
             log.write(args.batch_size, loss=loss, top1=top1, lr=lr)
             done = step + 1
@@ -110,12 +123,23 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     return probes(data, untrained, backbone, evaluation(data), device)
 
 
+@torch.no_grad()
+def start_statistics(model: nn.Module, images: torch.Tensor) -> None:
+    """Let running statistics begin at those of a batch: a slow average that began at 0 and 1 would long be wrong."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
 def key_encoder(model: nn.Module, momentum: float, ops: str) -> nn.Module:
-    """A teacher of the model in evaluation mode, whose buffers follow as its weights do."""
+    """A teacher of the model, in evaluation mode, whose running statistics follow as its weights do."""
     if ops == "fused":
         return EMATeacher(model, momentum, buffers="ema")
-    average = swa_utils.get_ema_multi_avg_fn(momentum)
-    teacher = swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    teacher = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(momentum), use_buffers=True)
     teacher.n_averaged.fill_(1)  # at 0 the first update would copy
     return teacher.eval()
 
