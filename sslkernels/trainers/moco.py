@@ -4,8 +4,8 @@ The keys come from a momentum teacher of the query encoder. With ordinary batch 
 the statistics of their batch, which the keys of the queue do not share; MoCo hides them by shuffling the images among
 GPUs. Here nothing is shuffled, and there is nothing to hide, on one process or many. "--norm batch": queries are
 normalised by their batch, keys by running statistics, which follow the query encoder's as the weights do (Cai et al.,
-Exponential Moving Average Normalization, 2021), so that a key depends on its own image alone. "--norm group": group norm
-and layer norm; no image meets another in either encoder.
+Exponential Moving Average Normalization, 2021), so that a key depends on its own image alone. "--norm group": group
+norm and layer norm; no image meets another in either encoder.
 """
 
 from __future__ import annotations
