@@ -39,6 +39,8 @@ from sslkernels.trainers._options import (
 )
 from sslkernels.trainers._views import FORWARD, StepKeys, TwoViews, augmentation, evaluation, seed_of, view_loader
 
+STATISTICS_IMAGES = 256  # for the first running statistics
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "moco")
@@ -64,7 +66,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     untrained = copy.deepcopy(backbone)
     model = nn.Sequential(backbone, projector(backbone.num_features, args.dim, args.norm).to(device))
     pairs = TwoViews(data.train, augmentation(data), args.seed)
-    start_statistics(model, torch.stack([pairs[0, i][1] for i in range(args.batch_size)]).to(device))
+    first_views = [pairs[0, i][1] for i in range(min(args.batch_size, STATISTICS_IMAGES))]
+    start_statistics(model, torch.stack(first_views).to(device))
     teacher = key_encoder(model, args.momentum, args.ops)
     bank = MemoryBank((args.queue, args.dim), gather_distributed=world.size > 1, device=device)
     optimizer = build_optimizer(model, args.optimizer, args.weight_decay)
@@ -73,28 +76,16 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     parallel = spread(model, world, device, args.accumulate)
     peak_lr = args.lr or LEARNING_RATES[args.optimizer]
     start, end = saved.get("step", 0), min(args.steps, args.stop_after or args.steps)
-
     filled = min(start * args.batch_size, args.queue)  # rows without a key yet are no negatives
 
     def embed(network, images):  # (n, C, H, W) -> (n, dim)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             return network(images)
 
-    def loss_of(
-        network, micro_batch
-    ):  # the losses and hits of its queries, (2, n), their sum over this process's batch
+    def loss_of(network, micro_batch):  # a part of the mean over this process's queries; their losses and hits (2, n)
         images, keys = micro_batch
-        backend = "reference" if args.ops == "reference" else None
-        loss, stats = sslkernels.info_nce(
-            embed(network, images),
-            keys,
-            bank.keys[:filled],
-            args.temperature,
-            reduction="none",
-            return_stats=True,
-            backend=backend,
-        )
-        return loss.sum() * world.size / args.batch_size, torch.stack([loss.detach(), stats.top1.to(loss.dtype)])
+        rows, hits = losses(embed(network, images), keys, bank.keys[:filled], args.temperature, args.ops)
+        return rows.sum() * world.size / args.batch_size, torch.stack([rows.detach(), hits])
 
     step_keys = StepKeys(len(data.train), args.batch_size, range(start, end), args.seed, world.rank, world.size)
     loader = view_loader(pairs, step_keys, args.workers)
@@ -121,6 +112,15 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     if not world.leads or end < args.steps:
         return {}
     return probes(data, untrained, backbone, evaluation(data), device)
+
+
+def losses(query, key, negatives, temperature: float, ops: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of every query, and 1 where its own key is the nearest."""
+    backend = "reference" if ops == "reference" else None
+    rows, stats = sslkernels.info_nce(
+        query, key, negatives, temperature, reduction="none", return_stats=True, backend=backend
+    )
+    return rows, stats.top1.to(rows.dtype)
 
 
 @torch.no_grad()
