@@ -17,7 +17,7 @@ from train_children import (
     own_threads,  # noqa: F401  a fixture that every test here uses
     parse,
     start,
-    train_as_rank,
+    train_as_two,
 )
 
 import sslkernels
@@ -156,10 +156,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path, parts):
 
 def test_two_processes_train_as_one(tmp_path):
     options = [*TINY, "--norm=group", "--stop-after=3", "--lr=1e-4"]
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    argv = [*options, f"--out={tmp_path / 'two'}"]
-    ranks = [start(train_as_rank, argv, rank, 2, store.port, tmp_path / f"{rank}.txt") for rank in range(2)]
-    assert [finish(process) for process in ranks] == [0, 0], (tmp_path / "0.txt").read_text()
+    train_as_two(options, tmp_path / "two")
     simclr.train(parse([*options, f"--out={tmp_path / 'one'}"]))
     two, one = (_log.read_column(tmp_path / name / "log.csv", "loss") for name in ("two", "one"))
     np.testing.assert_allclose(two, one, rtol=0, atol=1e-4)

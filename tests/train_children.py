@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import multiprocessing
 import os
 import signal
@@ -11,12 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from sslkernels.trainers import _log, simclr
+from sslkernels.trainers import _log
 
 # children are forked from a server that has imported what takes seconds and has no threads yet
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sslkernels.trainers.simclr", "sklearn.datasets", "sklearn.neighbors", "pytest"])
+METHODS = ("simclr", "moco", "clip")
+CONTEXT.set_forkserver_preload(
+    [*(f"sslkernels.trainers.{method}" for method in METHODS), "sklearn.datasets", "sklearn.neighbors", "pytest"]
+)
 PATIENCE = 120  # seconds before a child counts as hung
 TINY = ["--steps=8", "--batch-size=16", "--checkpoint-every=3", "--warmup=2", "--threads=1", "--workers=0"]
 
@@ -29,9 +34,13 @@ def own_threads():
     torch.set_num_threads(threads)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def trainer(method: str):
+    return importlib.import_module(f"sslkernels.trainers.{method}")
+
+
+def parse(argv: list[str], method: str = "simclr") -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    simclr.add_arguments(parser)
+    trainer(method).add_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -49,18 +58,27 @@ def finish(process: multiprocessing.Process) -> int:
     return process.exitcode
 
 
-def train_until(argv: list[str], moment: str | None, output: Path) -> None:
+def train_until(argv: list[str], moment: str | None, output: Path, method: str = "simclr") -> None:
     """Train, and die by SIGKILL at the moment of that name."""
     _redirect(output)
     if moment is not None:
         MOMENTS[moment]()
-    os._exit(simclr.main(parse(argv)))
+    os._exit(trainer(method).main(parse(argv, method)))
 
 
-def train_as_rank(argv: list[str], rank: int, size: int, port: int, output: Path) -> None:
+def train_as_rank(argv: list[str], rank: int, size: int, port: int, output: Path, method: str = "simclr") -> None:
     _redirect(output)
     join_store(rank, size, port)
-    raise SystemExit(simclr.main(parse(argv)))
+    raise SystemExit(trainer(method).main(parse(argv, method)))
+
+
+def train_as_two(argv: list[str], folder: Path, method: str = "simclr") -> None:
+    """One run of two processes into ``folder``."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    outputs = [folder.with_name(f"{folder.name}-{rank}.txt") for rank in range(2)]
+    argv = [*argv, f"--out={folder}"]
+    ranks = [start(train_as_rank, argv, rank, 2, store.port, outputs[rank], method) for rank in range(2)]
+    assert [finish(process) for process in ranks] == [0, 0], [output.read_text() for output in outputs]
 
 
 def join_store(rank: int, size: int, port: int) -> None:
@@ -120,5 +138,5 @@ MOMENTS = {
     "in a later log line": lambda: _at_call(2, _log.RunLog, "write", _half_a_line),
     "after the log ran ahead": lambda: _at_call(2, _log.RunLog, "write", _call_and_die),
     "in a later checkpoint": lambda: _at_call(1, torch, "save", _half_a_file),
-    "before the probe": lambda: _at_call(1, simclr, "probes", _die),
+    "before the probe": lambda: _at_call(1, trainer("simclr"), "probes", _die),
 }

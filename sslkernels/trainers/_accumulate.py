@@ -15,7 +15,7 @@ which is not the function of the large batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -41,13 +41,36 @@ def backward(
     cached = [z.requires_grad_() for z in _embed_without_graph(model, micro_batches, embed, seed)]
     loss, stats = loss_of(torch.cat(cached, dim=1))
     loss.backward()
-    distributed = isinstance(model, DistributedDataParallel)
     for index, (images, z) in enumerate(zip(micro_batches, cached, strict=True)):
-        last = index == len(micro_batches) - 1
-        with nullcontext() if last or not distributed else model.no_sync():
+        with _averaging(model, index == len(micro_batches) - 1):
             torch.manual_seed(seed + index)
             embed(model, images).backward(z.grad)
     return loss.detach(), stats
+
+
+def backward_of_sum(
+    model: nn.Module,
+    micro_batches: Sequence[object],
+    loss_of: Callable[[Callable, object], tuple[torch.Tensor, object]],
+    seed: int,
+) -> list:
+    """Add the gradient of ``loss_of(model, micro_batch)``, summed over the micro-batches; needs no second forward pass.
+
+    For losses in which the images of a batch do not meet. Returns what else ``loss_of`` returned for each micro-batch.
+    """
+    results = []
+    for index, micro_batch in enumerate(micro_batches):
+        with _averaging(model, index == len(micro_batches) - 1):
+            torch.manual_seed(seed + index)
+            loss, result = loss_of(model, micro_batch)
+            loss.backward()
+        results.append(result)
+    return results
+
+
+def _averaging(model: nn.Module, last: bool) -> AbstractContextManager:
+    """Whether a backward pass averages gradients over processes: that of the last micro-batch does so for all."""
+    return nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 @torch.no_grad()

@@ -7,19 +7,32 @@ import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 import sslkernels
 from sslkernels.trainers import TrainError
 from sslkernels.trainers._distributed import World, same_everywhere
+from sslkernels.trainers._log import RunLog
 from sslkernels.trainers._options import curve_options
 
 NAME = "checkpoint.pt"
 
 
-def begin(args: argparse.Namespace, world: World) -> dict:
-    """Prepare the folder of a run and the threads; returns the checkpoint to go on from, or an empty dict."""
+class Stateful(Protocol):
+    """A module or an optimiser."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> object: ...
+
+
+def begin(args: argparse.Namespace, world: World, parts: dict[str, Stateful]) -> dict:
+    """Prepare the folder of a run and the threads; returns the checkpoint to go on from, or an empty dict.
+
+    ``parts`` by name: all that changes during training; they are given the state that they had.
+    """
     path = args.out / NAME
     saved = load(path) if args.resume and path.exists() else {}
     if not same_everywhere(saved.get("step"), world):
@@ -36,13 +49,17 @@ def begin(args: argparse.Namespace, world: World) -> dict:
         args.out.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         shutil.rmtree(args.out / "tensorboard", ignore_errors=True)
+    for name, part in parts.items() if saved else ():
+        part.load_state_dict(saved[name])
     return saved
 
 
-def save(args: argparse.Namespace, world: World, state: dict) -> None:
+def save(args: argparse.Namespace, world: World, step: int, log: RunLog, parts: dict[str, Stateful]) -> None:
+    """Write what `begin` needs to go on after that many steps."""
     options, threads = curve_options(args, world.size), torch.get_num_threads()
-    state = {"options": options, "threads": threads, "software": software(args.device), **state}
-    write_atomically(state, args.out / NAME)
+    run = {"options": options, "threads": threads, "software": software(args.device)}
+    state = {name: part.state_dict() for name, part in parts.items()}
+    write_atomically({**run, "step": step, "log": log.position(), **state}, args.out / NAME)
 
 
 def software(device: str) -> str:

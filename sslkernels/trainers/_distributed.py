@@ -59,6 +59,13 @@ def spread(model: nn.Module, world: World, device: torch.device, parts: int) -> 
     return DistributedDataParallel(model) if world.size > 1 else model
 
 
+def share_buffers(model: nn.Module, world: World) -> None:
+    """Give every process the leading one's buffers; DistributedDataParallel does so only before a forward pass."""
+    if world.size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def gather(z: torch.Tensor, world: World) -> torch.Tensor:
     """Every process's (2, n, D) embeddings as (2, world.size * n, D), differentiable.
 

@@ -37,15 +37,29 @@ def add_run_arguments(parser: argparse.ArgumentParser, method: str) -> None:
     run.add_argument("--workers", type=whole(0), default=1, help="processes that load images (default: %(default)s)")
 
 
-def add_optimizer_arguments(parser: argparse.ArgumentParser) -> None:
+def add_optimizer_arguments(parser: argparse.ArgumentParser, accumulate: bool = True) -> None:
+    parser.set_defaults(accumulate=1)
     group = parser.add_argument_group("optimiser")
     group.add_argument("--batch-size", type=whole(2), default=128, help="images a step, in all (default: %(default)s)")
-    group.add_argument("--accumulate", type=whole(1), default=1, metavar="K", help="embed a step in K parts; same loss")
+    if accumulate:
+        group.add_argument("--accumulate", type=whole(1), metavar="K", help="embed a step in K parts; same loss")
     group.add_argument("--optimizer", choices=sorted(LEARNING_RATES), default="adamw")
     rates = ", ".join(f"{rate} for {name}" for name, rate in LEARNING_RATES.items())
     group.add_argument("--lr", type=positive, metavar="RATE", help=f"at its peak (default: {rates})")
     group.add_argument("--warmup", type=whole(0), default=20, metavar="STEPS", help="default: %(default)s")
     group.add_argument("--weight-decay", type=float, default=1e-4, help="default: %(default)s")
+
+
+def add_encoder_arguments(
+    parser: argparse.ArgumentParser, method: str, norm: str, temperature: str = "of the softmax"
+) -> argparse._ArgumentGroup:
+    """The method's own group, to which it may add more. ``norm`` and ``temperature`` say what they mean for it."""
+    group = parser.add_argument_group(method)
+    group.add_argument("--backbone", default="test_resnet", metavar="NAME", help="of timm (default: %(default)s)")
+    group.add_argument("--norm", choices=("batch", "group"), default="batch", help=norm)
+    group.add_argument("--dim", type=whole(1), default=128, help="of the embeddings (default: %(default)s)")
+    group.add_argument("--temperature", type=positive, default=0.2, help=f"{temperature} (default: %(default)s)")
+    return group
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -66,6 +80,14 @@ def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 1], got {text}")
     return value
 
 

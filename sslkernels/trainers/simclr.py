@@ -18,12 +18,11 @@ from sslkernels.trainers._log import open_log
 from sslkernels.trainers._models import build_backbone, projector
 from sslkernels.trainers._optim import LEARNING_RATES, build_optimizer, set_learning_rate, warmup_cosine
 from sslkernels.trainers._options import (
+    add_encoder_arguments,
     add_optimizer_arguments,
     add_run_arguments,
     check_batch,
-    positive,
     run_guarded,
-    whole,
 )
 from sslkernels.trainers._views import FORWARD, StepKeys, TwoViews, augmentation, evaluation, seed_of, view_loader
 
@@ -31,11 +30,7 @@ from sslkernels.trainers._views import FORWARD, StepKeys, TwoViews, augmentation
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "simclr")
     add_optimizer_arguments(parser)
-    group = parser.add_argument_group("simclr")
-    group.add_argument("--backbone", default="test_resnet", metavar="NAME", help="of timm (default: %(default)s)")
-    group.add_argument("--norm", choices=("batch", "group"), default="batch", help="group: images never meet in it")
-    group.add_argument("--dim", type=whole(1), default=128, help="of the embeddings (default: %(default)s)")
-    group.add_argument("--temperature", type=positive, default=0.2, help="default: %(default)s")
+    group = add_encoder_arguments(parser, "simclr", norm="group: images never meet in it")
     group.add_argument("--demo", action="store_true", help="train, then compare fused and eager: curve, time, memory")
 
 
@@ -55,10 +50,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     untrained = copy.deepcopy(backbone)
     model = nn.Sequential(backbone, projector(backbone.num_features, args.dim, args.norm).to(device))
     optimizer = build_optimizer(model, args.optimizer, args.weight_decay)
-    saved = _checkpoint.begin(args, world)
-    if saved:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+    parts = {"model": model, "optimizer": optimizer}
+    saved = _checkpoint.begin(args, world, parts)
     parallel = spread(model, world, device, args.accumulate)
     peak_lr = args.lr or LEARNING_RATES[args.optimizer]
     start, end = saved.get("step", 0), min(args.steps, args.stop_after or args.steps)
@@ -79,15 +72,14 @@ def train(args: argparse.Namespace) -> dict[str, float]:
             lr = peak_lr * warmup_cosine(step, args.steps, args.warmup)
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad()
-            parts = views.to(device).chunk(args.accumulate, dim=1)
+            micro_batches = views.to(device).chunk(args.accumulate, dim=1)
             seed = seed_of(args.seed, FORWARD, step, world.rank)
-            loss, stats = _accumulate.backward(parallel, parts, embed, loss_of, seed)
+            loss, stats = _accumulate.backward(parallel, micro_batches, embed, loss_of, seed)
             optimizer.step()
             log.write(args.batch_size, loss=loss.item(), top1=stats.top1.float().mean().item(), lr=lr)
             done = step + 1
             if world.leads and (done % args.checkpoint_every == 0 or done == end):
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                _checkpoint.save(args, world, {"step": done, "log": log.position(), **state})
+                _checkpoint.save(args, world, done, log, parts)
     if not world.leads or end < args.steps:
         return {}
     return probes(data, untrained, backbone, evaluation(data), device)
