@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sslkernels.ops.infonce import arguments, contrast_reference
+from sslkernels.ops.infonce import arguments, contrast_op, contrast_reference
 from sslkernels.ops.infonce import contrast as core
 from sslkernels.ops.infonce.contrast import ContrastiveStats
 from sslkernels.ops.infonce.reference import reduce_rows
@@ -134,7 +134,7 @@ def sigmoid_loss(
         positive_ids: (N,) integers, or a pair of (N,) and (M,): images and texts of equal ids belong together too.
         normalize: divide each row by max(length, 1e-12) first, as ``F.normalize`` does. The models do it themselves.
         reduction: "mean" over the N images (of the sums over texts, as in SigLIP), "sum", or "none" for the rows.
-        backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "reference".
+        backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "cuda", "reference".
 
     Returns:
         The loss: a scalar, or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
@@ -160,7 +160,7 @@ def sigmoid_loss(
     if backend == "reference" or images.dtype == torch.float64:
         rows = contrast_reference.sigmoid_contrast(*inputs)
     else:
-        rows = torch.ops.sslkernels.sigmoid_contrast_fwd(*inputs, matmul)
+        rows = contrast_op.operator("sigmoid_contrast_fwd", backend)(*inputs, matmul)
     return reduce_rows(rows, reduction).to(scale.dtype)
 
 

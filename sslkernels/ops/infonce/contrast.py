@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from sslkernels.ops.infonce import arguments, contrast_reference
-from sslkernels.ops.infonce import contrast_op as _op  # noqa: F401  registers the operators
+from sslkernels.ops.infonce import arguments, contrast_op, contrast_reference
 from sslkernels.ops.infonce.reference import NORMALIZE_EPS
 
 SOFTPLUS_THRESHOLD = 50  # where log(1 + exp(x)) is x in fp64 too
@@ -98,7 +97,7 @@ def contrast(
         and not key.requires_grad
         and (query.requires_grad or scale.requires_grad)
     )
-    *results, _ = torch.ops.sslkernels.contrast_fwd(
+    *results, _ = contrast_op.operator("contrast_fwd", backend)(
         query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul
     )
     return Contrast(*results)
