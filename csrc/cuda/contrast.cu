@@ -25,7 +25,9 @@ using torch::stable::Device;
 constexpr const char* kOp = "contrast_cuda";
 
 ScalarType scalar_type(Dtype dtype) {
-  return dtype == Dtype::kFloat32 ? ScalarType::Float : dtype == Dtype::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Half;
+  return dtype == Dtype::kFloat32    ? ScalarType::Float
+         : dtype == Dtype::kBFloat16 ? ScalarType::BFloat16
+                                     : ScalarType::Half;
 }
 
 // torch multiplies and allocates: its cuBLAS handle and its caching allocator, on its current stream, so that the

@@ -1,6 +1,6 @@
 // The contrastive core on a GPU, in chunks of rows: a matrix multiplication leaves the products of a chunk in memory,
-// kernels reduce them or turn them into weights, and further multiplications apply the weights. contrast_op.py says what
-// is computed. Memory: O((N + M) D) and one chunk of O(rows of it * M).
+// kernels reduce them or turn them into weights, and further multiplications apply the weights. contrast_op.py says
+// what is computed. Memory: O((N + M) D) and one chunk of O(rows of it * M).
 //
 // Here is the order of the steps. What multiplies and allocates is the caller's `Host`: torch on a GPU, plain loops
 // where the tests run this on the CPU.
@@ -20,8 +20,8 @@
 namespace sslkernels {
 namespace contrast {
 
-constexpr int64_t kChunkBytes = 32 << 20;  // of products: what an L2 cache holds
-constexpr int64_t kMinChunkRows = 64, kMaxChunkRows = 1 << 16;  // fewer starve the multiplication
+constexpr int64_t kChunkBytes = 32 << 20;   // of products: what an L2 cache holds
+constexpr int64_t kMaxChunkRows = 1 << 20;  // whose segments fit the second dimension of a grid
 
 struct Matrix {
   void* data;
@@ -63,7 +63,7 @@ inline unsigned blocks(int64_t count, int64_t each) { return static_cast<unsigne
 
 inline int64_t chunk_rows(const Inputs& in) {
   const int64_t fit = in.chunk_bytes / (4 * std::max<int64_t>(padded(in.pairs.columns), kVector));
-  const int64_t whole = std::min(std::max(fit, kMinChunkRows), kMaxChunkRows) / kSegment * kSegment;
+  const int64_t whole = std::min(std::max<int64_t>(fit, kSegment), kMaxChunkRows) / kSegment * kSegment;
   return std::min(whole, in.rows);
 }
 
@@ -99,7 +99,9 @@ class Pass {
     return {allocate<uint16_t>(most * stride), in.matmul};
   }
 
-  Matrix weighted(void* data, Dtype dtype, int64_t rows) const { return {data, dtype, rows, in.pairs.columns, stride, 1}; }
+  Matrix weighted(void* data, Dtype dtype, int64_t rows) const {
+    return {data, dtype, rows, in.pairs.columns, stride, 1};
+  }
 
   // sums (a.rows, dim) += constant * factor * a b
   void add_product(const Matrix& a, const Matrix& b, float* sums, float* part, float constant, const float* factor) {
@@ -148,8 +150,8 @@ class Columns {
     const unsigned segments = blocks(chunk.rows, kSegment);
     if (!pass_.in.pairs.columns) return;
     const dim3 grid(blocks(pass_.in.pairs.columns, kWalkThreads * kVector), segments);
-    SSLK_LAUNCH(contrast_columns_kernel, grid, kWalkThreads, 0, pass_.host.stream, chunk, pass_.in.pairs, pass_.in.scale,
-                parts_);
+    SSLK_LAUNCH(contrast_columns_kernel, grid, kWalkThreads, 0, pass_.host.stream, chunk, pass_.in.pairs,
+                pass_.in.scale, parts_);
     pass_.host.check();
     merge(segments, chunk.first == 0, last);
   }
@@ -158,8 +160,8 @@ class Columns {
   void merge(int64_t segments, bool first, bool last) {
     const int64_t columns = pass_.in.pairs.columns;
     if (!columns) return;
-    SSLK_LAUNCH(contrast_merge_kernel, blocks(columns, kRowThreads), kRowThreads, 0, pass_.host.stream, parts_, segments,
-                pass_.stride, columns, first, last, pass_.in.scale, total_, results_);
+    SSLK_LAUNCH(contrast_merge_kernel, blocks(columns, kRowThreads), kRowThreads, 0, pass_.host.stream, parts_,
+                segments, pass_.stride, columns, first, last, pass_.in.scale, total_, results_);
     pass_.host.check();
   }
 

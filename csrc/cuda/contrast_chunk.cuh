@@ -1,8 +1,8 @@
 // What the kernels of the contrastive core share: a chunk of products S = query key^T that a matrix multiplication has
 // left in memory, the pairs in it that are set apart, sums in a fixed order, and the operands of the multiplication.
 //
-// A thread takes eight neighbouring columns. The rows of S are padded so that these are always aligned; what lies in the
-// padding is read but never used.
+// A thread takes eight neighbouring columns. The rows of S are padded so that these are always aligned; what lies in
+// the padding is read but never used.
 #pragma once
 #include "cuda/platform.h"
 #include "cuda/storage.cuh"
@@ -11,11 +11,11 @@
 namespace sslkernels {
 namespace contrast {
 
-constexpr int kRowThreads = 128;   // of a block that reduces one row
-constexpr int kWalkThreads = 64;   // of a block that walks down the rows
-constexpr int kSegment = 32;       // rows that it walks
-constexpr int kPackRows = 8;       // rows of a block, one a warp, that prepares operands
-constexpr int kSumThreads = 256;   // of the one block that adds the sums of others
+constexpr int kRowThreads = 128;  // of a block that reduces one row
+constexpr int kWalkThreads = 64;  // of a block that walks down the rows
+constexpr int kSegment = 32;      // rows that it walks
+constexpr int kPackRows = 8;      // rows of a block, one a warp, that prepares operands
+constexpr int kSumThreads = 256;  // of the one block that adds the sums of others
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kNormalizeEps = 1e-12f;  // NORMALIZE_EPS in reference.py
 constexpr float kFp16Lift = 16384;       // fp16 tiles hold numbers up to 1 multiplied by this: small ones stay normal
@@ -140,8 +140,8 @@ struct Merge {
     if (b.sum == 0) return a;
     if (a.sum == 0) return b;
     const float largest = fmaxf(a.largest, b.largest);
-    return {largest, a.sum * exp2f((a.largest - largest) * steepness) +
-                         b.sum * exp2f((b.largest - largest) * steepness)};
+    return {largest,
+            a.sum * exp2f((a.largest - largest) * steepness) + b.sum * exp2f((b.largest - largest) * steepness)};
   }
 };
 
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(32 * kPackRows)
   const int64_t bytes = from == Dtype::kFloat32 ? 4 : 2;
   const auto* source = static_cast<const unsigned char*>(x) + row * dim * bytes;
   const bool wide = dim % kVector == 0 && aligned(x);
-  const auto load = [&](int64_t at, float(&values)[kVector]) {
+  const auto load = [&](int64_t at, float (&values)[kVector]) {
     if (wide) return load_weights(source + at * bytes, from, values);
 #pragma unroll
     for (int i = 0; i < kVector; i++) {

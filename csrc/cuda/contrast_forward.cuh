@@ -12,7 +12,8 @@ struct RowResults {
   float *peak, *skipped;  // or null
 };
 
-__device__ __forceinline__ void reduce_row(const float* row, const Pairs& pairs, int64_t i, Scale scale, Online& state) {
+__device__ __forceinline__ void reduce_row(const float* row, const Pairs& pairs, int64_t i, Scale scale,
+                                           Online& state) {
   int64_t ids[kVector];
   float x[kVector];
   for (int64_t j = threadIdx.x * kVector; j < pairs.columns; j += kRowThreads * kVector) {

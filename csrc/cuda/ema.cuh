@@ -211,8 +211,8 @@ __device__ __forceinline__ void update(const Entry& entry, const Options& option
   int64_t done = begin;
   if constexpr (sizeof(typename Teacher::Storage) < 8 && sizeof(typename Student::Storage) < 8) {
     const bool draws = kIs16Bits<Teacher> && options.step;
-    const bool wide = entry.dims == 0 && aligned(entry.teacher) && aligned(entry.student) &&
-                      aligned(entry.copy) && (!draws || (entry.channels == 1 && entry.first % kVector == 0));
+    const bool wide = entry.dims == 0 && aligned(entry.teacher) && aligned(entry.student) && aligned(entry.copy) &&
+                      (!draws || (entry.channels == 1 && entry.first % kVector == 0));
     if (wide) {
       done = end - (end - begin) % kVector;
       for (int64_t at = begin + threadIdx.x * kVector; at < done; at += kThreads * kVector)

@@ -60,8 +60,6 @@ __device__ __forceinline__ void store8(const Storage (&raw)[kVector], void* to) 
     store16(static_cast<uint4*>(to) + w, reinterpret_cast<const uint4*>(raw)[w]);
 }
 
-__device__ __forceinline__ bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
+__device__ __forceinline__ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace sslkernels
