@@ -142,7 +142,6 @@ Inputs inputs_of(Held& held, const Tensor& query, const std::optional<Tensor>& k
   in.pairs.query_ids = held.data<int64_t>("query_ids", query_ids, ScalarType::Long, in.rows);
   in.pairs.key_ids = held.data<int64_t>("key_ids", key_ids, ScalarType::Long, in.pairs.columns);
   in.matmul = matmul_dtype(matmul);
-  in.chunk_bytes = contrast::kChunkBytes;
   return in;
 }
 

@@ -5,10 +5,10 @@
 // Here is the order of the steps. What multiplies and allocates is the caller's `Host`: torch on a GPU, plain loops
 // where the tests run this on the CPU.
 //
-//   void* allocate(int64_t bytes);                                 aligned to 16 bytes, alive until the end of the call
-//   void multiply(const Matrix& a, const Matrix& b, const Matrix& out);    out = a b, out fp32, a and b of one dtype
-//   void check();                                                  after every launch
-//   cudaStream_t stream;
+//   void* allocate(int64_t bytes)       memory aligned to 16 bytes that lives until the call has ended
+//   void multiply(a, b, out)            out = a b; out is fp32, a and b have one dtype
+//   void check()                        follows every launch
+//   cudaStream_t stream
 #pragma once
 #include <algorithm>
 #include <optional>

@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) *factors = {static_cast<float>(lift), static_cast<float>(*scale / lift)};
 }
 
-// The gradient of each logit, by the two losses. `begin` is given a thread's eight columns, `row` a row.
+// The gradient of each logit, by the two losses. A `Thread` holds what its eight columns bring, and what the row brings
+// that it has entered.
 struct Softmax {
   const float* scale_ptr;
   const Term *row_terms, *column_terms;  // the latter or null
