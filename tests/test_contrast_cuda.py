@@ -242,9 +242,13 @@ def test_stats_from_the_same_pass(on_cpu):
     generator = torch.Generator().manual_seed(5)
     query, key = (torch.randn(80, 24, generator=generator) for _ in range(2))
     with registered():
-        for function, last in ((sslkernels.info_nce, 0.1), (sslkernels.clip_loss, 10.0)):
-            _, stats = function(query, key, last, normalize=True, return_stats=True, backend="cuda")
-            _, expected = function(query, key, last, normalize=True, return_stats=True, backend="reference")
+        for function, given in (
+            (sslkernels.info_nce, {"temperature": 0.1}),
+            (sslkernels.clip_loss, {"logit_scale": 10.0}),
+        ):
+            given |= {"normalize": True, "return_stats": True}
+            _, stats = function(query, key, **given, backend="cuda")
+            _, expected = function(query, key, **given, backend="reference")
             torch.testing.assert_close(stats, expected)
 
 
