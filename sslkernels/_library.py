@@ -39,17 +39,20 @@ def _implemented(torch_op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels::{torch_op}", key)
 
 
-_cuda_owner: dict[str, str] = {}  # operator: "cuda" (C++), "triton" or "reference"
+_on_cuda: dict[str, list[str]] = {}  # operator: what there is, "cuda" (C++) and "triton"; the first owns the key
 
 
-def claim_cuda(torch_op: str) -> str:
-    """Which implementation of an operator has the CUDA key: the compiled one where it is built, else Triton's.
+def claim_cuda(torch_op: str, compiled_op: str = "") -> str:
+    """Which implementation of an operator has the CUDA key: "cuda", "triton", or "reference" where there is neither.
 
-    A slice asks once, after the definition of the operator, and registers Triton's if that is the answer.
+    The compiled one comes first where it is built, unless it is an operator of its own, ``compiled_op``: then Triton's
+    does. A slice asks once, after the definition of its operators, and registers what the answer is.
     """
-    compiled = _implemented(torch_op, "CUDA")
-    _cuda_owner[torch_op] = "cuda" if compiled else "reference" if triton_error() else "triton"
-    return _cuda_owner[torch_op]
+    found = ["cuda"] if _implemented(compiled_op or torch_op, "CUDA") else []
+    if not triton_error():
+        found.insert(0 if compiled_op else len(found), "triton")
+    _on_cuda[torch_op] = found
+    return found[0] if found else "reference"
 
 
 def backends() -> dict[str, dict[str, Backend]]:
@@ -66,15 +69,16 @@ def backends() -> dict[str, dict[str, Backend]]:
         cpu = all(_implemented(name, "CPU") for name in spec.torch_ops)
         report[spec.name] = {
             "cpu": Backend("cpp") if cpu else Backend("reference", {"cpp": extension_error}),
-            "cuda": _cuda_backend(_cuda_owner[spec.torch_ops[0]], spec.has_cuda),
+            "cuda": _cuda_backend(_on_cuda[spec.torch_ops[0]], spec.has_cuda),
         }
     return report
 
 
-def _cuda_backend(owner: str, has_cuda: bool) -> Backend:
+def _cuda_backend(found: list[str], has_cuda: bool) -> Backend:
     absent = {}
-    if has_cuda and owner != "cuda":
+    if has_cuda and "cuda" not in found:
         absent["cuda"] = extension_error or "the extension was built without nvcc"
     if triton_error():
         absent["triton"] = triton_error()
-    return Backend(owner, absent, ("triton",) if owner == "cuda" and not triton_error() else ())
+    active, *besides = found or ["reference"]
+    return Backend(active, absent, tuple(besides))

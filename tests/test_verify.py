@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from sslkernels import registry, verify
+from sslkernels import Backend, registry, verify
 
 NT_XENT = next(spec for spec in registry.ops() if spec.name == "nt_xent")
 CASES = tuple(case for case in NT_XENT.cases if case.name in ("odd", "rows", "zero_rows", "one_pair", "strided"))
@@ -127,6 +127,21 @@ def test_fails_on_a_graph_break(run):
     status, text, _ = run(spec_with(breaking, CASES[:1], dtypes=(torch.float32,)), plain_cases=1)
     assert status == 1
     assert any("compiled: " in line for line in text.splitlines() if line.startswith("FAIL"))
+
+
+def test_checks_what_stands_beside_the_active_backend(run, monkeypatch):
+    asked = set()
+
+    def recorded(*args, backend=None, **kwargs):
+        asked.add(backend)
+        return NT_XENT.function(*args, backend=None if backend == "cuda" else backend, **kwargs)
+
+    beside = Backend("cpp", besides=("cuda",))
+    monkeypatch.setattr(verify, "backends", lambda: {"nt_xent": {"cpu": beside}})
+    status, text, result = run(spec_with(recorded, CASES[:1], dtypes=(torch.float32,)))
+    assert status == 0, text
+    assert asked == {None, "cuda", "reference"}
+    assert len({check["target"]["label"] for check in result["checks"]}) == 3
 
 
 def test_says_what_did_not_run(run, monkeypatch):

@@ -5,15 +5,14 @@
 #include <vector>
 
 #include "cuda/platform.h"
+#include "cuda/storage.cuh"
 #include "ema_list.h"
-#include "rounding.h"
 
 namespace sslkernels {
 namespace ema {
 
 constexpr int kMaxDims = 8;
 constexpr int kThreads = 256;
-constexpr int kVector = 8;                          // elements a thread moves at a time
 constexpr int64_t kBlockElements = kThreads * 16L;  // elements of a tensor that a block updates
 
 // An EmaTensor as the device reads it. Tensors with `dims` are walked by their strides, the others are dense.
@@ -80,44 +79,6 @@ struct Options {
   uint64_t seed;
 };
 
-// ---- the dtypes
-
-struct Fp32 {
-  using Storage = float;
-  using Real = float;
-  static __device__ __forceinline__ float load(float x) { return x; }
-  static __device__ __forceinline__ float store(float x) { return x; }
-};
-struct Fp64 {
-  using Storage = double;
-  using Real = double;
-  static __device__ __forceinline__ double load(double x) { return x; }
-  static __device__ __forceinline__ double store(double x) { return x; }
-};
-struct Bf16 {
-  using Storage = uint16_t;
-  using Real = float;
-  static __device__ __forceinline__ float load(uint16_t x) { return __uint_as_float(uint32_t{x} << 16); }
-  static __device__ __forceinline__ uint16_t store(float x) {
-    const uint32_t bits = __float_as_uint(x);
-    return x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-  static __device__ __forceinline__ uint16_t stochastic(float x, uint32_t random) { return stochastic_bf16(x, random); }
-};
-struct Fp16 {
-  using Storage = uint16_t;
-  using Real = float;
-  static __device__ __forceinline__ float load(uint16_t x) { return __half2float(__ushort_as_half(x)); }
-  static __device__ __forceinline__ uint16_t store(float x) {
-    const uint32_t sign = __float_as_uint(x) >> 16 & 0x8000;
-    return x != x ? static_cast<uint16_t>(sign | 0x7e00) : __half_as_ushort(__float2half_rn(x));
-  }
-  static __device__ __forceinline__ uint16_t stochastic(float x, uint32_t random) { return stochastic_fp16(x, random); }
-};
-
-template <class T>
-constexpr bool kIs16Bits = sizeof(typename T::Storage) == 2;
-
 // ---- the arithmetic
 
 // start at weight 0 or where both are equal, end at weight 1, bit for bit; rounded twice, as on the CPU.
@@ -144,23 +105,6 @@ __device__ __forceinline__ void random_words(const Entry& entry, const Options& 
 }
 
 // ---- eight neighbours, 16 bytes at a time
-
-template <class T>
-__device__ __forceinline__ void load8(const void* from, float (&x)[kVector]) {
-  constexpr int kWords = kVector * sizeof(typename T::Storage) / 16;
-  alignas(16) typename T::Storage raw[kVector];
-#pragma unroll
-  for (int w = 0; w < kWords; w++) reinterpret_cast<uint4*>(raw)[w] = load16(static_cast<const uint4*>(from) + w);
-#pragma unroll
-  for (int i = 0; i < kVector; i++) x[i] = T::load(raw[i]);
-}
-
-template <class Storage>
-__device__ __forceinline__ void store8(const Storage (&raw)[kVector], void* to) {
-#pragma unroll
-  for (int w = 0; w < static_cast<int>(sizeof(raw)) / 16; w++)
-    store16(static_cast<uint4*>(to) + w, reinterpret_cast<const uint4*>(raw)[w]);
-}
 
 template <class Teacher, class Student>
 __device__ __forceinline__ void update8(const Entry& entry, const Options& options, double weight, int64_t at) {
@@ -261,19 +205,14 @@ __device__ __forceinline__ void update1(const Entry& entry, const Options& optio
 
 // ---- the kernel
 
-template <class T>
-__device__ __forceinline__ bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
-
 template <class Teacher, class Student>
 __device__ __forceinline__ void update(const Entry& entry, const Options& options, double weight, int64_t begin,
                                        int64_t end) {
   int64_t done = begin;
   if constexpr (sizeof(typename Teacher::Storage) < 8 && sizeof(typename Student::Storage) < 8) {
     const bool draws = kIs16Bits<Teacher> && options.step;
-    const bool wide = entry.dims == 0 && aligned<void>(entry.teacher) && aligned<void>(entry.student) &&
-                      aligned<void>(entry.copy) && (!draws || (entry.channels == 1 && entry.first % kVector == 0));
+    const bool wide = entry.dims == 0 && aligned(entry.teacher) && aligned(entry.student) && aligned(entry.copy) &&
+                      (!draws || (entry.channels == 1 && entry.first % kVector == 0));
     if (wide) {
       done = end - (end - begin) % kVector;
       for (int64_t at = begin + threadIdx.x * kVector; at < done; at += kThreads * kVector)

@@ -15,10 +15,12 @@ using namespace sslkernels;
 // in files of their own, so that they are not compiled with every kernel
 void define_examples(py::module_& m);
 void define_ema(py::module_& m);
+void define_contrast(py::module_& m);
 
 PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
   m.attr("SCHEDULES") = cuda_on_cpu::kSchedules;
   m.def("set_schedule", &cuda_on_cpu::set_schedule);
   define_examples(m);
   define_ema(m);
+  define_contrast(m);
 }

@@ -54,7 +54,7 @@ void check_dense(int schedule, int64_t count, int64_t offset) {
   bool right = true;
   for (int64_t i = offset; i < count + offset; i++) {
     const float expected = std::fma(0.25f, before.student[i] - before.teacher[i], before.teacher[i]);
-    right = right && memory.teacher[i] == expected && memory.copy[i] == ema::Bf16::store(expected);
+    right = right && memory.teacher[i] == expected && memory.copy[i] == Bf16::store(expected);
   }
   for (int64_t i = 0; i < offset; i++) right = right && memory.teacher[i] == before.teacher[i];
   expect(right, "dense", schedule, count);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sslkernels.ops import infonce
-from sslkernels.ops.infonce import reference
+from sslkernels.ops.infonce import contrast_op, reference
 from sslkernels.registry import Case, Cost, OpSpec
 
 
@@ -234,7 +234,8 @@ TOWERS = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 def _op(name, torch_ops, grad_args, cases, function=None) -> OpSpec:
     functions = (getattr(module, function or name) for module in (infonce, reference))
-    return OpSpec(name, *functions, torch_ops, grad_args, ALL_DTYPES, cases)
+    has_cuda = torch_ops[0] in contrast_op.COMPILED
+    return OpSpec(name, *functions, torch_ops, grad_args, ALL_DTYPES, cases, has_cuda)
 
 
 OPS = (

@@ -148,7 +148,7 @@ def sigmoid_loss(
         positive_ids: (N,) integers, or a pair of (N,) and (M,): images and texts of equal ids belong together too.
         normalize: divide each row by max(length, 1e-12) first, as ``F.normalize`` does. The models do it themselves.
         reduction: "mean" over the N images (of the sums over texts, as in SigLIP), "sum", or "none" for the rows.
-        backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "reference".
+        backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "cuda", "reference".
         group, exchange: None: this process alone; else the batch is that of all ranks, whose keys travel by "gather" or
             "ring": see `sslkernels.distributed`.
 

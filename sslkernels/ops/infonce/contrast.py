@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from sslkernels.ops.infonce import arguments, contrast_reference
-from sslkernels.ops.infonce import contrast_op as _op  # noqa: F401  registers the operators
+from sslkernels.ops.infonce import arguments, contrast_op, contrast_reference
 from sslkernels.ops.infonce.reference import NORMALIZE_EPS
 
 SOFTPLUS_THRESHOLD = 50  # where log(1 + exp(x)) is x in fp64 too
@@ -97,7 +96,7 @@ def contrast(
         and not key.requires_grad
         and (query.requires_grad or scale.requires_grad)
     )
-    *results, _ = torch.ops.sslkernels.contrast_fwd(
+    *results, _ = contrast_op.operator("contrast_fwd", backend)(
         query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded(unit, scale_value), columns, attract,
         peaks, matmul,
     )  # fmt: skip
@@ -128,7 +127,7 @@ def sigmoid_contrast(
     inputs = (query, key, scale, bias, positive, query_ids, key_ids)
     if backend == "reference" or query.dtype == torch.float64:
         return contrast_reference.sigmoid_contrast(*inputs)
-    return torch.ops.sslkernels.sigmoid_contrast_fwd(*inputs, matmul)
+    return contrast_op.operator("sigmoid_contrast_fwd", backend)(*inputs, matmul)
 
 
 def positive_logits(query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

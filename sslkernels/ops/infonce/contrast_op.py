@@ -1,10 +1,15 @@
-"""The contrastive core as torch operators: schema, shapes, autograd, and the Triton kernels under CUDA.
+"""The contrastive core as torch operators: schema, shapes, autograd, and the kernels under CUDA.
 
 One pair of operators takes the softmax of similarities along rows and, if asked, along columns; the other pair sums
 their softplus. Every loss that is not `nt_xent` is a few lines of arithmetic on the (N,) results of one of them.
+
+Under CUDA both pairs are Triton's. ``csrc/cuda/contrast.cu`` has the same four as operators of their own, `COMPILED`,
+which ``backend="cuda"`` calls, and which serve the plain ones where Triton is not installed.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -22,45 +27,42 @@ from sslkernels.ops.infonce import contrast_reference as reference
 # peak_rows (N,), peak_columns (M,) or (0,): the largest logit that takes part; skipped (N,): the logit of skip[:, 0].
 # Otherwise all three are (0,). With attract: attraction (N, D), the mean of the keys weighted by the row's softmax;
 # otherwise (0, 0).
-torch.library.define(
-    "sslkernels::contrast_fwd",
-    "(Tensor query, Tensor? key, Tensor scale, Tensor? skip, Tensor? query_ids, Tensor? key_ids, bool normalize_key,"
-    " bool unit, bool bounded, bool columns, bool attract, bool peaks, int matmul)"
-    " -> (Tensor lse_rows, Tensor lse_columns, Tensor peak_rows, Tensor peak_columns, Tensor skipped,"
-    " Tensor attraction)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-# grad_key is (0, 0) where key is None. The log-sum-exps may be those of more columns and rows than are given here.
-torch.library.define(
-    "sslkernels::contrast_bwd",
-    "(Tensor grad_rows, Tensor? grad_columns, Tensor lse_rows, Tensor? lse_columns, Tensor query, Tensor? key,"
-    " Tensor scale, Tensor? skip, Tensor? query_ids, Tensor? key_ids, bool unit, bool bounded, int matmul)"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_scale)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-# loss (N,) fp64: sum_j softplus(-y_ij (l_ij + bias)), where y_ij is 1 for the columns positive[i] and where ids are
-# equal, and -1 elsewhere
-torch.library.define(
-    "sslkernels::sigmoid_contrast_fwd",
-    "(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? positive, Tensor? query_ids, Tensor? key_ids,"
-    " int matmul) -> Tensor loss",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    "sslkernels::sigmoid_contrast_bwd",
-    "(Tensor grad_rows, Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? positive, Tensor? query_ids,"
-    " Tensor? key_ids, int matmul)"
-    " -> (Tensor grad_query, Tensor grad_key, Tensor grad_scale, Tensor grad_bias)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-OPERATORS = ("contrast_fwd", "contrast_bwd", "sigmoid_contrast_fwd", "sigmoid_contrast_bwd")
+SCHEMAS = {
+    "contrast_fwd": (
+        "(Tensor query, Tensor? key, Tensor scale, Tensor? skip, Tensor? query_ids, Tensor? key_ids,"
+        " bool normalize_key, bool unit, bool bounded, bool columns, bool attract, bool peaks, int matmul)"
+        " -> (Tensor lse_rows, Tensor lse_columns, Tensor peak_rows, Tensor peak_columns, Tensor skipped,"
+        " Tensor attraction)"
+    ),
+    # grad_key is (0, 0) where key is None. The log-sum-exps may be those of more columns and rows than are given here.
+    "contrast_bwd": (
+        "(Tensor grad_rows, Tensor? grad_columns, Tensor lse_rows, Tensor? lse_columns, Tensor query, Tensor? key,"
+        " Tensor scale, Tensor? skip, Tensor? query_ids, Tensor? key_ids, bool unit, bool bounded, int matmul)"
+        " -> (Tensor grad_query, Tensor grad_key, Tensor grad_scale)"
+    ),
+    # loss (N,) fp64: sum_j softplus(-y_ij (l_ij + bias)), where y_ij is 1 for the columns positive[i] and where ids are
+    # equal, and -1 elsewhere
+    "sigmoid_contrast_fwd": (
+        "(Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? positive, Tensor? query_ids, Tensor? key_ids,"
+        " int matmul) -> Tensor loss"
+    ),
+    "sigmoid_contrast_bwd": (
+        "(Tensor grad_rows, Tensor query, Tensor key, Tensor scale, Tensor bias, Tensor? positive, Tensor? query_ids,"
+        " Tensor? key_ids, int matmul)"
+        " -> (Tensor grad_query, Tensor grad_key, Tensor grad_scale, Tensor grad_bias)"
+    ),
+}
+COMPILED = {name: name.replace("contrast", "contrast_cuda") for name in SCHEMAS}
 
-for _name in OPERATORS:
+for _name, _schema in SCHEMAS.items():
+    for _operator in (_name, COMPILED[_name]):
+        torch.library.define(f"sslkernels::{_operator}", _schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"sslkernels::{_name}", "default", getattr(reference, _name))
 
 
-@torch.library.register_fake("sslkernels::contrast_fwd")
-def _(query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul):
+def _contrast_fwd_fake(
+    query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul
+):
     rows = query.shape[0]
     width = (query if key is None else key).shape[0] if columns else 0
     return (
@@ -73,19 +75,16 @@ def _(query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded,
     )
 
 
-@torch.library.register_fake("sslkernels::contrast_bwd")
-def _(grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, *_):
+def _contrast_bwd_fake(grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, *_):
     grad_key = query.new_empty((0, 0) if key is None else key.shape)
     return query.new_empty(query.shape), grad_key, torch.empty_like(scale)
 
 
-@torch.library.register_fake("sslkernels::sigmoid_contrast_fwd")
-def _(query, *_):
+def _sigmoid_contrast_fwd_fake(query, *_):
     return query.new_empty(query.shape[0], dtype=torch.float64)
 
 
-@torch.library.register_fake("sslkernels::sigmoid_contrast_bwd")
-def _(grad_rows, query, key, scale, bias, *_):
+def _sigmoid_contrast_bwd_fake(grad_rows, query, key, scale, bias, *_):
     return query.new_empty(query.shape), key.new_empty(key.shape), torch.empty_like(scale), torch.empty_like(bias)
 
 
@@ -99,7 +98,7 @@ def _save_contrast(ctx, inputs, output):
         ctx.save_for_backward(query, key, scale, skip, query_ids, key_ids, lse_rows, lse_columns)
 
 
-def _contrast_backward(ctx, grad_rows, grad_columns, *_):
+def _contrast_backward(backward, ctx, grad_rows, grad_columns, *_):
     if ctx.attract:  # the forward has formed it: no logit is needed again
         query, scale, attraction = ctx.saved_tensors
         weights = grad_rows.to(query.dtype)
@@ -109,7 +108,7 @@ def _contrast_backward(ctx, grad_rows, grad_columns, *_):
         query, key, scale, skip, query_ids, key_ids, lse_rows, lse_columns = ctx.saved_tensors
         if not ctx.columns:
             grad_columns = lse_columns = None
-        grad_query, grad_key, grad_scale = torch.ops.sslkernels.contrast_bwd(
+        grad_query, grad_key, grad_scale = backward(
             grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, skip, query_ids, key_ids,
             ctx.unit, ctx.bounded, ctx.matmul,
         )  # fmt: skip
@@ -122,8 +121,8 @@ def _save_sigmoid(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _sigmoid_backward(ctx, grad_rows):
-    grads = torch.ops.sslkernels.sigmoid_contrast_bwd(grad_rows, *ctx.saved_tensors, ctx.matmul)
+def _sigmoid_backward(backward, ctx, grad_rows):
+    grads = backward(grad_rows, *ctx.saved_tensors, ctx.matmul)
     return *grads, *[None] * 4
 
 
@@ -133,20 +132,42 @@ def _no_double_backward(ctx, *_):
     )
 
 
-torch.library.register_autograd("sslkernels::contrast_fwd", _contrast_backward, setup_context=_save_contrast)
-torch.library.register_autograd("sslkernels::sigmoid_contrast_fwd", _sigmoid_backward, setup_context=_save_sigmoid)
-torch.library.register_autograd("sslkernels::contrast_bwd", _no_double_backward)
-torch.library.register_autograd("sslkernels::sigmoid_contrast_bwd", _no_double_backward)
+def _register(contrast_fwd: str, contrast_bwd: str, sigmoid_fwd: str, sigmoid_bwd: str) -> None:
+    """Shapes and gradients of four operators; the backward of each forward is the one beside it."""
+    fakes = (_contrast_fwd_fake, _contrast_bwd_fake, _sigmoid_contrast_fwd_fake, _sigmoid_contrast_bwd_fake)
+    for name, fake in zip((contrast_fwd, contrast_bwd, sigmoid_fwd, sigmoid_bwd), fakes, strict=True):
+        torch.library.register_fake(f"sslkernels::{name}", fake)
+    for forward, backward, gradients, save in (
+        (contrast_fwd, contrast_bwd, _contrast_backward, _save_contrast),
+        (sigmoid_fwd, sigmoid_bwd, _sigmoid_backward, _save_sigmoid),
+    ):
+        partner = getattr(torch.ops.sslkernels, backward)
+        torch.library.register_autograd(
+            f"sslkernels::{forward}", functools.partial(gradients, partner), setup_context=save
+        )
+        torch.library.register_autograd(f"sslkernels::{backward}", _no_double_backward)
 
 
-def _use_triton(name: str) -> None:
+_register(*SCHEMAS)
+_register(*COMPILED.values())
+
+
+def operator(name: str, backend: str | None):
+    """The operator to call for ``backend``: "cuda" has its own, all others are those of the device."""
+    return getattr(torch.ops.sslkernels, COMPILED[name] if backend == "cuda" else name)
+
+
+def _serve_cuda(name: str, owner: str) -> None:
     @torch.library.impl(f"sslkernels::{name}", "cuda")
     def _(*args):
+        if owner == "cuda":
+            return operator(name, "cuda")(*args)
         from sslkernels.ops.infonce import contrast_kernels  # triton takes a while to import: only where it is used
 
         return getattr(contrast_kernels, name)(*args)
 
 
-for _name in OPERATORS:
-    if _library.claim_cuda(_name) == "triton":
-        _use_triton(_name)
+for _name in SCHEMAS:
+    _owner = _library.claim_cuda(_name, COMPILED[_name])
+    if _owner != "reference":
+        _serve_cuda(_name, _owner)
