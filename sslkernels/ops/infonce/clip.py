@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sslkernels.ops.infonce import arguments, contrast_reference
+from sslkernels.ops.infonce import arguments
 from sslkernels.ops.infonce import contrast as core
+from sslkernels.ops.infonce import contrast_distributed as distributed
 from sslkernels.ops.infonce.contrast import ContrastiveStats
-from sslkernels.ops.infonce.reference import reduce_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ClipStats(NamedTuple):
@@ -31,6 +34,8 @@ def clip_loss(
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> torch.Tensor | tuple[torch.Tensor, ClipStats]:
     r"""The loss of CLIP: each image picks its text and each text its image, from one pass over the logits.
 
@@ -59,6 +64,8 @@ def clip_loss(
         reduction: "mean" over the min(N, M) pairs, "sum", or "none" for the pairs.
         return_stats: also return `ClipStats` from the same pass.
         backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "cuda", "reference".
+        group, exchange: None: this process alone; else the batch is that of all ranks, whose keys travel by "gather" or
+            "ring": see `sslkernels.distributed`.
 
     Returns:
         The loss: a scalar, or (min(N, M),) with ``reduction="none"``; float32, or float64 for float64 inputs. With
@@ -84,22 +91,27 @@ def clip_loss(
     bias = None if logit_bias is None else arguments.scalar(name, "logit_bias", logit_bias, image_features).tensor
     arguments.check_backend(name, backend, image_features.device.type)
 
+    peers = _meet(
+        name, group, exchange, image_features, text_features, {"logit_scale": factor.tensor}, normalize=normalize,
+        label_smoothing=label_smoothing, ids=exclude_ids is not None, return_stats=return_stats,
+    )  # fmt: skip
     (images, texts), matmul = core.rows_of(image_features, text_features, normalize=normalize)
     scale = factor.tensor
-    found = core.contrast(
-        images, texts, scale, skip=core.pair_columns(len(images), images.device), query_ids=query_ids, key_ids=key_ids,
-        unit=normalize, scale_value=factor.value, columns=True, peaks=return_stats, matmul=matmul, backend=backend,
+    found = distributed.contrast(
+        images, texts, scale, peers, skip=core.pair_columns(len(images), images.device), query_ids=query_ids,
+        key_ids=key_ids, unit=normalize, scale_value=factor.value, columns=True, peaks=return_stats, matmul=matmul,
+        backend=backend,
     )  # fmt: skip
     pairs = min(len(images), len(texts))
     positive = core.positive_logits(images[:pairs], texts[:pairs], scale)
     rows = (core.row_losses(found.rows[:pairs], positive) + core.row_losses(found.columns[:pairs], positive)) / 2
     if label_smoothing:
-        other = images[:pairs] @ texts.sum(dim=0) / max(len(texts), 1)
-        other = other + texts[:pairs] @ images.sum(dim=0) / max(len(images), 1)
+        other = images[:pairs] @ distributed.mean_row(texts, peers, peers and sum(peers.keys))
+        other = other + texts[:pairs] @ distributed.mean_row(images, peers, peers and sum(peers.queries))
         rows = rows + label_smoothing * (positive - other.double() * scale.double() / 2)
     if bias is not None:
         rows = rows + 0 * bias  # which gives it the gradient that it has
-    loss = reduce_rows(rows, reduction).to(scale.dtype)
+    loss = distributed.reduced(rows, reduction, peers, peers and sum(map(min, *peers.counts))).to(scale.dtype)
     return (loss, _clip_stats(found, positive, bias, pairs, scale.dtype)) if return_stats else loss
 
 
@@ -113,6 +125,8 @@ def sigmoid_loss(
     normalize: bool = False,
     reduction: str = "mean",
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> torch.Tensor:
     r"""The loss of SigLIP: every pair of image and text is a decision of its own, that they belong together or not.
 
@@ -135,6 +149,8 @@ def sigmoid_loss(
         normalize: divide each row by max(length, 1e-12) first, as ``F.normalize`` does. The models do it themselves.
         reduction: "mean" over the N images (of the sums over texts, as in SigLIP), "sum", or "none" for the rows.
         backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "reference".
+        group, exchange: None: this process alone; else the batch is that of all ranks, whose keys travel by "gather" or
+            "ring": see `sslkernels.distributed`.
 
     Returns:
         The loss: a scalar, or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
@@ -155,18 +171,26 @@ def sigmoid_loss(
     scale = arguments.scalar(name, "logit_scale", logit_scale, image_features).tensor
     bias = arguments.scalar(name, "logit_bias", logit_bias, image_features).tensor
     arguments.check_backend(name, backend, image_features.device.type)
+    peers = _meet(
+        name, group, exchange, image_features, text_features, {"logit_scale": scale, "logit_bias": bias},
+        normalize=normalize, ids=positive_ids is not None,
+    )  # fmt: skip
     (images, texts), matmul = core.rows_of(image_features, text_features, normalize=normalize)
-    inputs = (images, texts, scale, bias, core.pair_columns(len(images), images.device), query_ids, key_ids)
-    if backend == "reference" or images.dtype == torch.float64:
-        rows = contrast_reference.sigmoid_contrast(*inputs)
-    else:
-        rows = torch.ops.sslkernels.sigmoid_contrast_fwd(*inputs, matmul)
-    return reduce_rows(rows, reduction).to(scale.dtype)
+    rows = distributed.sigmoid_contrast(
+        images, texts, scale, bias, peers, positive=core.pair_columns(len(images), images.device), query_ids=query_ids,
+        key_ids=key_ids, matmul=matmul, backend=backend,
+    )  # fmt: skip
+    return distributed.reduced(rows, reduction, peers).to(scale.dtype)
 
 
 def _check_towers(name: str, image_features, text_features) -> None:
     arguments.check_matrix(name, "image_features", image_features)
     arguments.check_columns(name, "text_features", text_features, "image_features", image_features)
+
+
+def _meet(name: str, group, exchange: str, images, texts, scalars: dict, **options):
+    tensors = {"image_features": images, "text_features": texts, **scalars}
+    return distributed.meet(name, group, exchange, (len(images), len(texts)), tensors, **options)
 
 
 def _pair_ids(name: str, argument: str, ids, images, texts):

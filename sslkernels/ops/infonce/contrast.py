@@ -90,7 +90,6 @@ def contrast(
             query, key, scale, skip, query_ids, key_ids, normalize_key, columns, peaks
         )
         return Contrast(*results)
-    bounded = unit and scale_value is not None and 2 * abs(scale_value) <= arguments.MAX_BOUNDED_SPAN
     attract = (
         key is not None
         and not columns
@@ -99,9 +98,37 @@ def contrast(
         and (query.requires_grad or scale.requires_grad)
     )
     *results, _ = torch.ops.sslkernels.contrast_fwd(
-        query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul
-    )
+        query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded(unit, scale_value), columns, attract,
+        peaks, matmul,
+    )  # fmt: skip
     return Contrast(*results)
+
+
+def bounded(unit: bool, scale_value: float | None) -> bool:
+    """``bounded`` of the operators."""
+    return unit and scale_value is not None and 2 * abs(scale_value) <= arguments.MAX_BOUNDED_SPAN
+
+
+def sigmoid_contrast(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    positive: torch.Tensor | None = None,
+    query_ids: torch.Tensor | None = None,
+    key_ids: torch.Tensor | None = None,
+    matmul: int = 0,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """(N,) sums over the keys of ``softplus(-y_ij (scale * <query_i, key_j> + bias))``.
+
+    The arguments are those of the operator ``sigmoid_contrast_fwd``; differentiable in the first four.
+    """
+    inputs = (query, key, scale, bias, positive, query_ids, key_ids)
+    if backend == "reference" or query.dtype == torch.float64:
+        return contrast_reference.sigmoid_contrast(*inputs)
+    return torch.ops.sslkernels.sigmoid_contrast_fwd(*inputs, matmul)
 
 
 def positive_logits(query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

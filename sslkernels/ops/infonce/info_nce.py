@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
 from sslkernels.ops.infonce import arguments
 from sslkernels.ops.infonce import contrast as core
+from sslkernels.ops.infonce import contrast_distributed as distributed
 from sslkernels.ops.infonce.contrast import ContrastiveStats
-from sslkernels.ops.infonce.reference import NORMALIZE_EPS, reduce_rows
+from sslkernels.ops.infonce.reference import NORMALIZE_EPS
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NAME = "info_nce"
 MODES = ("unpaired", "paired")
@@ -29,6 +35,8 @@ def info_nce(
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> torch.Tensor | tuple[torch.Tensor, ContrastiveStats]:
     r"""InfoNCE, the loss of MoCo and CPC, without the matrix of logits.
 
@@ -59,6 +67,9 @@ def info_nce(
         reduction: "mean" over the N queries, "sum", or "none" for the rows.
         return_stats: also return `ContrastiveStats`, (N,) each, from the same pass.
         backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "cuda", "reference".
+        group, exchange: None: this process alone; else the batch is that of all ranks, whose keys travel by "gather" or
+            "ring": see `sslkernels.distributed`. With ``negative_keys`` rows are independent: nothing but the reduction
+            is of all ranks.
 
     Returns:
         The loss: a scalar, or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs. With
@@ -86,6 +97,18 @@ def info_nce(
     tau = arguments.temperature(NAME, temperature, query)
     arguments.check_backend(NAME, backend, query.device.type)
 
+    peers = _meet(
+        group,
+        exchange,
+        query,
+        positive_key,
+        tau.tensor,
+        negative_keys is None,
+        normalize=normalize,
+        label_smoothing=label_smoothing,
+        ids=ids is not None,
+        return_stats=return_stats,
+    )
     (q, k), matmul = core.rows_of(query, positive_key, normalize=normalize)
     scale = tau.tensor.reciprocal()
     positive = core.positive_logits(q, k, scale)
@@ -102,15 +125,15 @@ def info_nce(
             "key_ids": ids and ids[1],
         }
         if negative_keys is None:
-            found = core.contrast(q, k, scale, skip=core.pair_columns(len(q), q.device), **options)
+            found = distributed.contrast(q, k, scale, peers, skip=core.pair_columns(len(q), q.device), **options)
         else:
             found = _queue(q, negative_keys, scale, normalize, options)
     rows = core.row_losses(found.rows, positive)
     if label_smoothing:
         rows = rows + label_smoothing * (
-            positive - _mean_logit(q, k, negative_keys, paired, positive, scale, normalize)
+            positive - _mean_logit(q, k, negative_keys, paired, positive, scale, normalize, peers)
         )
-    loss = reduce_rows(rows, reduction).to(tau.tensor.dtype)
+    loss = distributed.reduced(rows, reduction, peers).to(tau.tensor.dtype)
     return (loss, _stats(found, positive, negative_keys is None, tau.tensor.dtype)) if return_stats else loss
 
 
@@ -148,6 +171,11 @@ def _ids(exclude_ids, query, negative_keys, paired: bool, label_smoothing: float
     )
 
 
+def _meet(group, exchange: str, query, positive_key, tau, in_batch: bool, **options):
+    tensors = {"query": query, "positive_key": positive_key, "temperature": tau}
+    return distributed.meet(NAME, group, exchange, (len(query),), tensors, in_batch=in_batch, **options)
+
+
 def _queue(q, keys, scale, normalize: bool, options: dict) -> core.Contrast:
     if keys.requires_grad or q.dtype == torch.float64:  # the gradient passes through the conversion
         (keys,), _ = core.rows_of(keys, normalize=normalize)
@@ -166,7 +194,7 @@ def _paired(q, keys, scale, normalize: bool) -> core.Contrast:
     return core.Contrast(lse, none, peaks, none, none)
 
 
-def _mean_logit(q, k, negative_keys, paired: bool, positive, scale, normalize: bool):
+def _mean_logit(q, k, negative_keys, paired: bool, positive, scale, normalize: bool, peers):
     """(N,) mean over all classes of the logits, from sums of keys."""
     if paired:
         keys = negative_keys.to(q.dtype)
@@ -174,7 +202,7 @@ def _mean_logit(q, k, negative_keys, paired: bool, positive, scale, normalize: b
             keys = F.normalize(keys, dim=2, eps=NORMALIZE_EPS)
         sums, classes = (q * keys.sum(dim=1)).sum(dim=1), 1 + keys.shape[1]
     elif negative_keys is None:
-        return (q @ k.sum(dim=0)).double() * scale.double() / max(len(k), 1)
+        return (q @ distributed.mean_row(k, peers, peers and sum(peers.keys))).double() * scale.double()
     else:
         sums, classes = q @ _sum_of_keys(negative_keys, q.dtype, normalize), 1 + len(negative_keys)
     return (positive + sums.double() * scale.double()) / classes

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
+from sslkernels.distributed import gather
 from sslkernels.ops.infonce import arguments, reference
 from sslkernels.ops.infonce import contrast as core
+from sslkernels.ops.infonce import contrast_distributed as distributed
 from sslkernels.ops.infonce import op as _op  # noqa: F401  registers the operators
 from sslkernels.ops.infonce.contrast import ContrastiveStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def nt_xent(
@@ -21,6 +27,8 @@ def nt_xent(
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> torch.Tensor | tuple[torch.Tensor, ContrastiveStats]:
     r"""Normalised temperature-scaled cross entropy, the loss of SimCLR, without the 2N x 2N matrix.
 
@@ -43,6 +51,8 @@ def nt_xent(
         reduction: "mean" over the 2N rows, "sum", or "none" for the rows.
         return_stats: also return `ContrastiveStats` from the same pass.
         backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "reference".
+        group, exchange: None: this process alone; else the batch is that of all ranks, whose rows travel by "gather" or
+            "ring": see `sslkernels.distributed`.
 
     Returns:
         The loss: a scalar, or (2N,) with ``reduction="none"``; float32, or float64 for float64 inputs. With
@@ -58,7 +68,8 @@ def nt_xent(
     O(N D) extra memory. Accumulates in float32 (float64 for float64). float32 inputs are multiplied in float32 unless
     ``torch.get_float32_matmul_precision()`` is "medium".
     """
-    return _two_views("nt_xent", z0, z1, temperature, None, normalize, reduction, return_stats, backend)
+    exchanged = (group, exchange)
+    return _two_views("nt_xent", z0, z1, temperature, None, normalize, reduction, return_stats, backend, *exchanged)
 
 
 def decoupled_nt_xent(
@@ -71,6 +82,8 @@ def decoupled_nt_xent(
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> torch.Tensor | tuple[torch.Tensor, ContrastiveStats]:
     r"""Decoupled contrastive loss, DCL: NT-Xent whose denominator leaves the positive out; with weights, DCLW.
 
@@ -88,7 +101,7 @@ def decoupled_nt_xent(
         loss = (torch.logsumexp(logits, dim=1) - weight * positive).mean()
 
     Args:
-        z0, z1, temperature, normalize, reduction, return_stats, backend: as for `nt_xent`.
+        z0, z1, temperature, normalize, reduction, return_stats, backend, group, exchange: as for `nt_xent`.
         positive_weight: the weights :math:`w`, (N,) for both views alike or (2N,), without grad; None: ones. DCLW takes
             `mises_fisher_weights`.
 
@@ -107,19 +120,26 @@ def decoupled_nt_xent(
     name = "decoupled_nt_xent"
     arguments.check_pair(name, "z0", z0, "z1", z1)
     weight = _positive_weight(name, positive_weight, z0)
-    return _two_views(name, z0, z1, temperature, weight, normalize, reduction, return_stats, backend)
+    return _two_views(name, z0, z1, temperature, weight, normalize, reduction, return_stats, backend, group, exchange)
 
 
-def mises_fisher_weights(z0: torch.Tensor, z1: torch.Tensor, sigma: float = 0.5) -> torch.Tensor:
+def mises_fisher_weights(
+    z0: torch.Tensor, z1: torch.Tensor, sigma: float = 0.5, *, group: ProcessGroup | None = None
+) -> torch.Tensor:
     """The weights of DCLW, (N,) without grad: ``2 - N * softmax(<z0_i, z1_i> / sigma)`` over the pairs.
 
-    Pairs that are alike already weigh less. Takes the rows as they are: normalise them first.
+    Pairs that are alike already weigh less. Takes the rows as they are: normalise them first. With ``group``, the
+    softmax and N are those of the pairs of all its ranks.
 
     Source: Yeh et al., Decoupled Contrastive Learning (2022), section 3.2.
     """
     arguments.check_pair("mises_fisher_weights", "z0", z0, "z1", z1)
-    products = (z0.detach().float() * z1.detach().float()).sum(dim=1)
-    return 2 - z0.shape[0] * torch.softmax(products / sigma, dim=0)
+    compute = arguments.accumulation_dtype(z0)
+    products = (z0.detach().to(compute) * z1.detach().to(compute)).sum(dim=1)
+    if group is None:
+        return 2 - z0.shape[0] * torch.softmax(products / sigma, dim=0)
+    every = gather(products, group)
+    return 2 - len(every) * torch.exp(products / sigma - torch.logsumexp(every / sigma, dim=0))
 
 
 def hard_nt_xent(
@@ -132,6 +152,8 @@ def hard_nt_xent(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> torch.Tensor:
     r"""NT-Xent with hard negatives up-weighted and false ones estimated away (HCL); ``beta=0``: the debiased loss.
 
@@ -145,7 +167,7 @@ def hard_nt_xent(
     Equivalent PyTorch: ``sslkernels.ops.infonce.reference.hard_nt_xent``.
 
     Args:
-        z0, z1, temperature, normalize, reduction, backend: as for `nt_xent`.
+        z0, z1, temperature, normalize, reduction, backend, group, exchange: as for `nt_xent`.
         beta: how strongly a negative's logit raises its own weight; >= 0.
         tau_plus: the share of negatives that are expected to be of the row's own class; in [0, 1).
 
@@ -167,46 +189,75 @@ def hard_nt_xent(
     arguments.check_reduction(name, reduction)
     arguments.check_backend(name, backend, z0.device.type)
     tau = arguments.temperature(name, temperature, z0)
+    peers = _meet(name, group, exchange, z0, z1, tau.tensor, normalize=normalize, beta=beta)
     (a, b), _ = core.rows_of(z0, z1, normalize=normalize)
     positive = core.positive_logits(a, b, tau.tensor.reciprocal()).repeat(2)
-    negatives = 2 * z0.shape[0] - 2
+    negatives = (len(positive) if peers is None else sum(peers.queries)) - 2
     if negatives <= 0:
-        return reference.reduce_rows(positive * 0, reduction).to(tau.tensor.dtype)
+        return distributed.reduced(positive * 0, reduction, peers).to(tau.tensor.dtype)
 
     def logsumexp(factor: float) -> torch.Tensor:
         scaled = arguments.Scalar(tau.tensor / factor, None if tau.value is None else tau.value / factor)
         none = torch.zeros(len(positive), dtype=tau.tensor.dtype, device=z0.device)
-        return _rows(z0, z1, scaled, none, normalize, False, backend)[0].double()
+        return _rows(z0, z1, scaled, none, normalize, False, backend, peers)[0].double()
 
     uniform = math.log(negatives)  # the log-sum-exp of logits times 0
     mean = logsumexp(1 + beta) - (logsumexp(beta) if beta else uniform)
     floor = -1 / tau.tensor.double().abs()
     rows = core.row_losses(reference.hard_negatives(mean, positive, tau_plus, floor) + uniform, positive)
-    return reference.reduce_rows(rows, reduction).to(tau.tensor.dtype)
+    return distributed.reduced(rows, reduction, peers).to(tau.tensor.dtype)
 
 
-def _two_views(name, z0, z1, temperature, weight, normalize, reduction, return_stats, backend):
+def _two_views(name, z0, z1, temperature, weight, normalize, reduction, return_stats, backend, group, exchange):
     """`nt_xent` where ``weight`` is None, else its decoupled form."""
     arguments.check_pair(name, "z0", z0, "z1", z1)
     arguments.check_reduction(name, reduction)
     tau = arguments.temperature(name, temperature, z0)
     arguments.check_backend(name, backend, z0.device.type)
-    loss, *stats = _rows(z0, z1, tau, weight, normalize, return_stats, backend)
-    reduced = reference.reduce_rows(loss, reduction)
+    peers = _meet(name, group, exchange, z0, z1, tau.tensor, normalize=normalize, return_stats=return_stats)
+    loss, *stats = _rows(z0, z1, tau, weight, normalize, return_stats, backend, peers)
+    reduced = distributed.reduced(loss, reduction, peers)
     if not return_stats:
         return reduced
     logsumexp, positive, top1 = (stat.detach() for stat in stats)
     return reduced, ContrastiveStats(logsumexp.to(tau.tensor.dtype), top1, positive)
 
 
-def _rows(z0, z1, tau: arguments.Scalar, weight, normalize: bool, top1: bool, backend: str | None):
+def _meet(name: str, group, exchange: str, z0, z1, tau, **options):
+    """Both views are queries, and keys."""
+    tensors = {"z0": z0, "z1": z1, "temperature": tau}
+    return distributed.meet(name, group, exchange, (2 * len(z0),), tensors, **options)
+
+
+def _rows(z0, z1, tau: arguments.Scalar, weight, normalize: bool, top1: bool, backend: str | None, peers=None):
     """Loss, log-sum-exp, positive logit and top-1 hit of the 2N rows."""
+    if peers is not None:
+        return _rows_among(peers, z0, z1, tau, weight, normalize, top1, backend)
     if backend == "reference":
         compute = tau.tensor.dtype
         return reference.nt_xent_rows(z0.to(compute), z1.to(compute), tau.tensor, normalize, weight)
     bounded = normalize and tau.value is not None and 2 / abs(tau.value) <= arguments.MAX_BOUNDED_SPAN
     bf16_matmul = z0.dtype == torch.float32 and arguments.medium_precision()
     return torch.ops.sslkernels.nt_xent_fwd(z0, z1, tau.tensor, weight, normalize, bounded, top1, bf16_matmul)
+
+
+def _rows_among(peers, z0, z1, tau: arguments.Scalar, weight, normalize: bool, top1: bool, backend: str | None):
+    """`_rows` where those of other ranks are negatives too."""
+    (a, b), matmul = core.rows_of(z0, z1, normalize=normalize)
+    z, own = torch.cat([a, b]), torch.arange(2 * len(a), device=a.device)
+    scale = tau.tensor.reciprocal()
+    found = distributed.contrast(
+        z, z, scale, peers, skip=torch.stack([own.roll(len(a)), own], dim=1), unit=normalize,
+        scale_value=None if tau.value is None else 1 / tau.value, peaks=top1, matmul=matmul, backend=backend,
+    )  # fmt: skip
+    positive = core.positive_logits(a, b, scale).repeat(2)
+    hits = found.skipped > found.peak_rows
+    if weight is None:
+        loss, logsumexp = core.row_losses(found.rows, positive), torch.logaddexp(found.rows, positive)
+    else:
+        logsumexp = torch.where(found.rows == -torch.inf, 0.0, found.rows)  # one pair in all: no negatives
+        loss = logsumexp - weight * positive
+    return loss.to(tau.tensor.dtype), logsumexp, positive.to(tau.tensor.dtype), hits
 
 
 def _positive_weight(name: str, weight, z0: torch.Tensor) -> torch.Tensor:

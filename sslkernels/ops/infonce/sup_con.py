@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
+from sslkernels.distributed import Peers, total
 from sslkernels.ops.infonce import arguments
 from sslkernels.ops.infonce import contrast as core
-from sslkernels.ops.infonce.reference import reduce_rows
+from sslkernels.ops.infonce import contrast_distributed as distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NAME = "sup_con"
 
@@ -19,6 +25,8 @@ def sup_con(
     normalize: bool = True,
     reduction: str = "mean",
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    exchange: str = "gather",
 ) -> torch.Tensor:
     r"""Supervised contrastive loss (``L_out`` of the paper) without the N x N matrix.
 
@@ -43,6 +51,8 @@ def sup_con(
         normalize: divide each row by max(length, 1e-12) first, as ``F.normalize`` does.
         reduction: "mean" over the rows that have positives, "sum", or "none" for the rows, 0 where there are none.
         backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "triton", "cuda", "reference".
+        group, exchange: None: this process alone; else the batch is that of all ranks, whose keys travel by "gather" or
+            "ring": see `sslkernels.distributed`.
 
     Returns:
         The loss: a scalar, or (N,) with ``reduction="none"``; float32, or float64 for float64 inputs.
@@ -61,34 +71,30 @@ def sup_con(
     arguments.check_reduction(NAME, reduction)
     tau = arguments.temperature(NAME, temperature, features)
     arguments.check_backend(NAME, backend, features.device.type)
+    peers = distributed.meet(
+        NAME, group, exchange, (len(features),), {"features": features, "temperature": tau.tensor},
+        normalize=normalize, reduction=reduction,
+    )  # fmt: skip
     (z,), matmul = core.rows_of(features, normalize=normalize)
     scale = tau.tensor.reciprocal()
-    found = core.contrast(
-        z, None, scale, unit=normalize, scale_value=None if tau.value is None else 1 / tau.value, matmul=matmul,
-        backend=backend,
+    found = distributed.contrast(
+        z, None, scale, peers, unit=normalize, scale_value=None if tau.value is None else 1 / tau.value,
+        matmul=matmul, backend=backend,
     )  # fmt: skip
-    exact = z.double()  # the row's loss may be small against its logits
-    sums, counts = positives_of(exact, labels)
-    positive = core.positive_logits(exact, sums / counts.clamp_min(1)[:, None], scale)
+    sums, counts = positives_of(z, labels, peers)
+    # exact: the row's loss may be small against its logits
+    positive = core.positive_logits(z.double(), sums / counts.clamp_min(1)[:, None], scale)
     rows = torch.where(counts > 0, found.rows, 0.0) - positive
-    loss = reduce_rows(rows, "none" if reduction == "none" else "sum")
+    loss = distributed.reduced(rows, "none" if reduction == "none" else "sum", peers)
     if reduction == "mean":
-        loss = loss / (counts > 0).sum().clamp_min(1)
+        loss = loss / total((counts > 0).sum(), peers).clamp_min(1)
     return loss.to(scale.dtype)
 
 
-def positives_of(z: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, D) sum of the other rows with the label of each row, and (N,) how many they are.
-
-    Labels are sorted, so that equal ones form a run whose number is its place in an (N, D) buffer: no shape depends on
-    the labels' values, and nothing waits for the device.
-    """
-    order = labels.argsort(stable=True)
-    ordered = labels[order]
-    starts = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()])[: len(labels)]
-    run = torch.empty_like(order).scatter_(0, order, starts.cumsum(0))
-    totals = torch.zeros_like(z).index_add(0, run, z)
-    counts = torch.zeros_like(labels).index_add(0, run, torch.ones_like(labels))[run] - 1
+def positives_of(
+    z: torch.Tensor, labels: torch.Tensor, peers: Peers | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, D) fp64 sum of the other rows with the label of each row, and (N,) how many they are."""
+    sums, counts = distributed.class_sums(z, labels, peers)
     has = labels >= 0
-    sums = torch.where(has[:, None], totals[run] - z, 0.0)
-    return sums, torch.where(has, counts, 0)
+    return torch.where(has[:, None], sums - z, 0.0), torch.where(has, counts - 1, 0)
