@@ -33,17 +33,18 @@ def contrast(query, key, scale, peers: Peers | None, *, skip=None, key_ids=None,
 
 def _among_gathered(query, key, scale, peers, skip, key_ids, options) -> core.Contrast:
     counts = peers.keys
+    keys = gather_rows(key, peers, counts)
     found = core.contrast(
-        query, gather_rows(key, peers, counts), scale, skip=_among_all(skip, peers),
+        query, keys, scale, skip=_among_all(skip, peers),
         key_ids=_gathered_ids(key_ids, peers), **options,
     )  # fmt: skip
     if options.get("columns"):
-        parts = to_owners(found.columns, peers, counts)
+        parts = to_owners(found.columns, keys, peers, counts)
         nothing = (parts == -torch.inf).all(dim=0)  # whose gradient is 0, which logsumexp does not know
         columns = torch.logsumexp(parts.masked_fill(nothing, 0), dim=0).masked_fill(nothing, -torch.inf)
         found = found._replace(columns=columns)
         if options.get("peaks"):
-            found = found._replace(peak_columns=to_owners(found.peak_columns, peers, counts).amax(dim=0))
+            found = found._replace(peak_columns=to_owners(found.peak_columns, keys.detach(), peers, counts).amax(dim=0))
     return found
 
 
