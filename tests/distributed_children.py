@@ -356,3 +356,34 @@ def left_by_one(rank: int, exchange: str, moment: str) -> None:
     except RuntimeError:
         os._exit(0)
     raise AssertionError("no error was raised")
+
+
+def print_extra_memory(exchange: str, rank: int, size: int, port: int, rows: int, dim: int) -> None:
+    """Bytes that a loss of the whole batch and its gradients add at their peak to what this rank has resident."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+    def step(rows: int):
+        leaves = [torch.randn(rows, dim, requires_grad=True) for _ in range(2)]
+        tau = torch.tensor(0.3, requires_grad=True)
+
+        def run():
+            sslkernels.info_nce(*leaves, None, tau, group=dist.group.WORLD, exchange=exchange).backward()
+
+        return run
+
+    step(64)()  # the libraries' own start-up is not the loss's memory
+    run = step(rows)
+    dist.barrier()
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # resets VmHWM to what is resident now
+    before = _resident("VmRSS")
+    run()
+    print(_resident("VmHWM") - before)
+    dist.destroy_process_group()
+
+
+def _resident(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))

@@ -134,6 +134,7 @@ class _RingContrast(torch.autograd.Function):
             grad_scale += parts[2]
             if grad_keys:
                 grad_keys.add(owner, parts[1])
+            del parts  # two buffers fewer while the next ones are computed
         return grad_query, grad_keys and grad_keys.result(), grad_scale, *[None] * 5
 
 
@@ -183,6 +184,7 @@ class _RingSigmoid(torch.autograd.Function):
                 grad += part
             if grad_keys:
                 grad_keys.add(owner, parts[1])
+            del parts  # two buffers fewer while the next ones are computed
         grad_query, grad_scale, grad_bias = grads
         return grad_query, grad_keys and grad_keys.result(), grad_scale, grad_bias, *[None] * 6
 
