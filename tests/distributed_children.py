@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -304,8 +305,6 @@ def must_agree(rank: int, size: int) -> None:
 
 
 def expect(message: str, call: Callable) -> None:
-    import re
-
     try:
         call()
     except (ValueError, TypeError, RuntimeError) as error:

@@ -98,17 +98,9 @@ def info_nce(
     arguments.check_backend(NAME, backend, query.device.type)
 
     peers = _meet(
-        group,
-        exchange,
-        query,
-        positive_key,
-        tau.tensor,
-        negative_keys is None,
-        normalize=normalize,
-        label_smoothing=label_smoothing,
-        ids=ids is not None,
-        return_stats=return_stats,
-    )
+        group, exchange, query, positive_key, tau.tensor, negative_keys is None, normalize=normalize,
+        label_smoothing=label_smoothing, ids=ids is not None, return_stats=return_stats,
+    )  # fmt: skip
     (q, k), matmul = core.rows_of(query, positive_key, normalize=normalize)
     scale = tau.tensor.reciprocal()
     positive = core.positive_logits(q, k, scale)
