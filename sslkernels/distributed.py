@@ -130,9 +130,13 @@ def total(x: torch.Tensor, peers: Peers | None) -> torch.Tensor:
     return x if peers is None else apply(_Total, x, peers)
 
 
-def to_owners(x: torch.Tensor, peers: Peers, counts: tuple[int, ...]) -> torch.Tensor:
-    """(world_size, N) what each rank has in ``x`` for this rank's N of all the rows."""
-    return apply(_ToOwners, x, peers, counts)
+def to_owners(x: torch.Tensor, rows: torch.Tensor, peers: Peers, counts: tuple[int, ...]) -> torch.Tensor:
+    """(world_size, N) what each rank has in ``x`` for this rank's N of all the rows.
+
+    ``x`` was found from the gathered ``rows``: on a rank that had nothing to find, they keep it in the graph, so that
+    every rank goes through the same exchanges backward, and in the same order.
+    """
+    return apply(_ToOwners, x, rows, peers, counts)
 
 
 @torch.compiler.disable
@@ -177,7 +181,7 @@ class _Total(torch.autograd.Function):
 
 class _ToOwners(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, peers, counts):
+    def forward(ctx, x, rows, peers, counts):
         ctx.peers, ctx.counts = peers, counts
         own = peers.size * [counts[peers.rank]]
         received = x.new_empty(sum(own))
@@ -190,7 +194,7 @@ class _ToOwners(torch.autograd.Function):
         own = ctx.peers.size * [ctx.counts[ctx.peers.rank]]
         returned = grad.new_empty(sum(ctx.counts))
         dist.all_to_all_single(returned, grad.reshape(-1), list(ctx.counts), own, group=ctx.peers.group)
-        return returned, None, None
+        return returned, None, None, None
 
 
 def _padded(x: torch.Tensor, rows: int) -> torch.Tensor:

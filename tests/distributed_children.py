@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -80,7 +81,12 @@ def _paired(z, s, ids, **options):
 
 LOSSES = [
     Loss("nt_xent", lambda z, s, ids, **options: sslkernels.nt_xent(*z, *s, **options), views=2),
-    Loss("nt_xent as it is", lambda z, s, ids, **o: sslkernels.nt_xent(*z, *s, normalize=False, **o), scalars=(3.0,), views=2),
+    Loss(
+        "nt_xent as it is",
+        lambda z, s, ids, **o: sslkernels.nt_xent(*z, *s, normalize=False, **o),
+        scalars=(3.0,),
+        views=2,
+    ),
     Loss("dcl", lambda z, s, ids, **options: sslkernels.decoupled_nt_xent(*z, *s, **options), views=2),
     Loss("dclw", _dclw, views=2),
     Loss("hard_nt_xent", lambda z, s, ids, **o: sslkernels.hard_nt_xent(*z, *s, beta=0.7, **o), views=2),
@@ -129,9 +135,10 @@ def agree_with_one_process(rank: int) -> None:
         _agree(rank, counts, LOSSES[0], torch.float64, exchange, "sum")
     for loss in LOSSES if size in EVEN else ():
         _agree(rank, EVEN[size], loss, torch.float32, "gather", "mean")
-    for check in (statistics, rectangular, gathered, learned_by_ddp, compiled, must_agree, lonely_pair):
-        if size > 1:
-            check(rank, size)
+    for check in (statistics, rectangular, gathered, learned_by_ddp, must_agree, lonely_pair) if size > 1 else ():
+        check(rank, size)
+    if size == 2:  # once: compiling takes seconds
+        compiled(rank)
 
 
 def _agree(rank, counts, loss, dtype, exchange, reduction) -> None:
@@ -255,7 +262,7 @@ def learned_by_ddp(rank: int, size: int) -> None:
                 close(f"DDP's gradient of {name}, {exchange}", own.grad, known.grad)
 
 
-def compiled(rank: int, size: int) -> None:
+def compiled(rank: int) -> None:
     """The graph breaks, and the values are the same."""
     torch.manual_seed(rank)
     x, y = torch.randn(3, DIM), torch.randn(3, DIM)
@@ -277,12 +284,18 @@ def must_agree(rank: int, size: int) -> None:
     odd = rank == size - 1
     z = torch.randn(3, DIM)
     wide, double, group = torch.randn(3, DIM + 1), z.double(), dist.group.WORLD
-    expect(f"nt_xent: all ranks must pass the like; rank 0 passed [nt_xent: exchange=gather, .*z0=(N, {DIM})",
-           lambda: sslkernels.nt_xent(*2 * [wide if odd else z], group=group))
-    expect("sigmoid_loss: all ranks", lambda: sslkernels.sigmoid_loss(*2 * [double if odd else z], 1.0, 0.0, group=group))
+    expect(
+        f"nt_xent: all ranks must pass the like; rank 0 passed [nt_xent: exchange=gather, .*z0=(N, {DIM})",
+        lambda: sslkernels.nt_xent(*2 * [wide if odd else z], group=group),
+    )
+    expect(
+        "sigmoid_loss: all ranks", lambda: sslkernels.sigmoid_loss(*2 * [double if odd else z], 1.0, 0.0, group=group)
+    )
     expect("all ranks must pass the like", lambda: sslkernels.nt_xent(z, z, group=group, exchange=EXCHANGES[odd]))
     expect("requires grad", lambda: sslkernels.nt_xent(z.clone().requires_grad_(odd), z, group=group))
-    expect("must be one of 'gather', 'ring', got 'mesh'", lambda: sslkernels.nt_xent(z, z, group=group, exchange="mesh"))
+    expect(
+        "must be one of 'gather', 'ring', got 'mesh'", lambda: sslkernels.nt_xent(z, z, group=group, exchange="mesh")
+    )
     expect("group must be a torch.distributed.ProcessGroup", lambda: sslkernels.nt_xent(z, z, group=3))
     for exchange in EXCHANGES:
         leaf = z.clone().requires_grad_()
@@ -292,8 +305,6 @@ def must_agree(rank: int, size: int) -> None:
 
 
 def expect(message: str, call: Callable) -> None:
-    import re
-
     try:
         call()
     except (ValueError, TypeError, RuntimeError) as error:
@@ -344,3 +355,34 @@ def left_by_one(rank: int, exchange: str, moment: str) -> None:
     except RuntimeError:
         os._exit(0)
     raise AssertionError("no error was raised")
+
+
+def print_extra_memory(exchange: str, rank: int, size: int, port: int, rows: int, dim: int) -> None:
+    """Bytes that a loss of the whole batch and its gradients add at their peak to what this rank has resident."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+
+    def step(rows: int):
+        leaves = [torch.randn(rows, dim, requires_grad=True) for _ in range(2)]
+        tau = torch.tensor(0.3, requires_grad=True)
+
+        def run():
+            sslkernels.info_nce(*leaves, None, tau, group=dist.group.WORLD, exchange=exchange).backward()
+
+        return run
+
+    step(64)()  # the libraries' own start-up is not the loss's memory
+    run = step(rows)
+    dist.barrier()
+    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # resets VmHWM to what is resident now
+    before = _resident("VmRSS")
+    run()
+    print(_resident("VmHWM") - before)
+    dist.destroy_process_group()
+
+
+def _resident(key: str) -> int:
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from sslkernels.distributed import Peers, Relay, apply, gather_rows, meet, to_owners, total, travel
 from sslkernels.ops.infonce import contrast as core
-from sslkernels.ops.infonce import contrast_reference
+from sslkernels.ops.infonce import contrast_op, contrast_reference
 from sslkernels.ops.infonce.reference import reduce_rows
 
 # ---- log-sum-exps
@@ -33,17 +33,18 @@ def contrast(query, key, scale, peers: Peers | None, *, skip=None, key_ids=None,
 
 def _among_gathered(query, key, scale, peers, skip, key_ids, options) -> core.Contrast:
     counts = peers.keys
+    keys = gather_rows(key, peers, counts)
     found = core.contrast(
-        query, gather_rows(key, peers, counts), scale, skip=_among_all(skip, peers),
+        query, keys, scale, skip=_among_all(skip, peers),
         key_ids=_gathered_ids(key_ids, peers), **options,
     )  # fmt: skip
     if options.get("columns"):
-        parts = to_owners(found.columns, peers, counts)
+        parts = to_owners(found.columns, keys, peers, counts)
         nothing = (parts == -torch.inf).all(dim=0)  # whose gradient is 0, which logsumexp does not know
         columns = torch.logsumexp(parts.masked_fill(nothing, 0), dim=0).masked_fill(nothing, -torch.inf)
         found = found._replace(columns=columns)
         if options.get("peaks"):
-            found = found._replace(peak_columns=to_owners(found.peak_columns, peers, counts).amax(dim=0))
+            found = found._replace(peak_columns=to_owners(found.peak_columns, keys.detach(), peers, counts).amax(dim=0))
     return found
 
 
@@ -63,25 +64,26 @@ class _Flags(NamedTuple):
     columns: bool
     peaks: bool
     matmul: int
-    reference: bool
+    backend: str | None
 
 
 def _around_ring(query, key, scale, peers, skip, key_ids, options) -> core.Contrast:
     given = {"unit": False, "scale_value": None, "columns": False, "peaks": False, "matmul": 0, **options}
     flags = _Flags(
         given["unit"], core.bounded(given["unit"], given["scale_value"]), given["columns"], given["peaks"],
-        given["matmul"], _by_definition(query, given.get("backend")),
+        given["matmul"], _backend(query, given.get("backend")),
     )  # fmt: skip
     query_ids = given.get("query_ids")
     return core.Contrast(*apply(_RingContrast, query, key, scale, skip, query_ids, key_ids, peers, flags))
 
 
-def _by_definition(query: torch.Tensor, backend: str | None) -> bool:
-    return backend == "reference" or query.dtype == torch.float64
+def _backend(query: torch.Tensor, backend: str | None) -> str | None:
+    return "reference" if query.dtype == torch.float64 else backend
 
 
-def _operators(reference: bool):
-    return contrast_reference if reference else torch.ops.sslkernels
+def _operator(name: str, backend: str | None):
+    """An operator of the core, or its definition."""
+    return getattr(contrast_reference, name) if backend == "reference" else contrast_op.operator(name, backend)
 
 
 class _RingContrast(torch.autograd.Function):
@@ -94,7 +96,7 @@ class _RingContrast(torch.autograd.Function):
         rows = peak_rows = skipped = None
         for owner, (keys, ids) in travel(peers, peers.keys, (key, key_ids)):
             found = core.Contrast(
-                *_operators(flags.reference).contrast_fwd(
+                *_operator("contrast_fwd", flags.backend)(
                     query, keys, scale, skip if owner == peers.rank else None, query_ids, ids, False, flags.unit,
                     flags.bounded, flags.columns, False, flags.peaks, flags.matmul,
                 )[:5]
@@ -125,7 +127,7 @@ class _RingContrast(torch.autograd.Function):
         grad_query, grad_scale = torch.zeros_like(query), torch.zeros_like(scale)
         grad_keys = Relay(peers, peers.keys, torch.Tensor.add_) if ctx.needs_input_grad[1] else None
         for owner, (keys, ids, grads, sums) in travel(peers, peers.keys, (key, key_ids, grad_columns, lse_columns)):
-            parts = _operators(flags.reference).contrast_bwd(
+            parts = _operator("contrast_bwd", flags.backend)(
                 grad_rows, grads, lse_rows, sums, query, keys, scale, skip if owner == peers.rank else None, query_ids,
                 ids, flags.unit, flags.bounded, flags.matmul,
             )  # fmt: skip
@@ -133,6 +135,7 @@ class _RingContrast(torch.autograd.Function):
             grad_scale += parts[2]
             if grad_keys:
                 grad_keys.add(owner, parts[1])
+            del parts  # two buffers fewer while the next ones are computed
         return grad_query, grad_keys and grad_keys.result(), grad_scale, *[None] * 5
 
 
@@ -148,22 +151,22 @@ def sigmoid_contrast(query, key, scale, bias, peers: Peers | None, *, positive, 
         return core.sigmoid_contrast(
             query, keys, scale, bias, positive=_among_all(positive, peers), key_ids=ids, **options
         )
-    reference = _by_definition(query, options.get("backend"))
+    backend = _backend(query, options.get("backend"))
     return apply(
         _RingSigmoid, query, key, scale, bias, positive, options.get("query_ids"), key_ids, peers,
-        options.get("matmul", 0), reference,
+        options.get("matmul", 0), backend,
     )  # fmt: skip
 
 
 class _RingSigmoid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, scale, bias, positive, query_ids, key_ids, peers, matmul, reference):
+    def forward(ctx, query, key, scale, bias, positive, query_ids, key_ids, peers, matmul, backend):
         rows = torch.zeros(len(query), dtype=torch.float64, device=query.device)
         for owner, (keys, ids) in travel(peers, peers.keys, (key, key_ids)):
             own = positive if owner == peers.rank else None
-            rows += _operators(reference).sigmoid_contrast_fwd(query, keys, scale, bias, own, query_ids, ids, matmul)
+            rows += _operator("sigmoid_contrast_fwd", backend)(query, keys, scale, bias, own, query_ids, ids, matmul)
         ctx.save_for_backward(query, key, scale, bias, positive, query_ids, key_ids)
-        ctx.peers, ctx.matmul, ctx.reference = peers, matmul, reference
+        ctx.peers, ctx.matmul, ctx.backend = peers, matmul, backend
         return rows
 
     @staticmethod
@@ -175,13 +178,14 @@ class _RingSigmoid(torch.autograd.Function):
         grad_keys = Relay(peers, peers.keys, torch.Tensor.add_) if ctx.needs_input_grad[1] else None
         for owner, (keys, ids) in travel(peers, peers.keys, (key, key_ids)):
             own = positive if owner == peers.rank else None
-            parts = _operators(ctx.reference).sigmoid_contrast_bwd(
+            parts = _operator("sigmoid_contrast_bwd", ctx.backend)(
                 grad_rows, query, keys, scale, bias, own, query_ids, ids, ctx.matmul
             )
             for grad, part in zip(grads, (parts[0], *parts[2:]), strict=True):
                 grad += part
             if grad_keys:
                 grad_keys.add(owner, parts[1])
+            del parts  # two buffers fewer while the next ones are computed
         grad_query, grad_scale, grad_bias = grads
         return grad_query, grad_keys and grad_keys.result(), grad_scale, grad_bias, *[None] * 6
 
