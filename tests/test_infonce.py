@@ -264,7 +264,7 @@ def bad_calls():
         "temperature must be finite and not zero, got inf": (ValueError, (z, z, float("inf")), {}),
         "temperature must be a float or a tensor, got str": (TypeError, (z, z, "0.5"), {}),
         r"one element, got torch.float32 of shape \(2,\)": (ValueError, (z, z, torch.ones(2)), {}),
-        "temperature must be on the device of z0, cpu, got meta": (
+        "temperature must be on the device of the embeddings, cpu, got meta": (
             ValueError,
             (z, z, torch.ones((), device="meta")),
             {},

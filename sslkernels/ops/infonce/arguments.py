@@ -99,7 +99,7 @@ class Scalar(NamedTuple):
     value: float | None
 
 
-def scalar(op: str, argument: str, value, like: torch.Tensor) -> Scalar:
+def scalar(op: str, argument: str, value, like: torch.Tensor, nonzero: bool = False) -> Scalar:
     """A float, or a tensor of one element that may require grad, on the device of ``like``."""
     compute = accumulation_dtype(like)
     if isinstance(value, torch.Tensor):
@@ -115,17 +115,16 @@ def scalar(op: str, argument: str, value, like: torch.Tensor) -> Scalar:
         return Scalar(value.reshape(()).to(compute), None)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {argument} must be a float or a tensor, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # math.isfinite breaks the graph
-        raise ValueError(f"{op}: {argument} must be finite, got {value}")
+    finite = -math.inf < value < math.inf  # math.isfinite breaks the graph
+    if not finite or (nonzero and value == 0):
+        expected = "finite and not zero" if nonzero else "finite"
+        raise ValueError(f"{op}: {argument} must be {expected}, got {value}")
     return Scalar(torch.full((), value, dtype=compute, device=like.device), value)
 
 
 def temperature(op: str, value, like: torch.Tensor) -> Scalar:
     """As `scalar`; a number that is known may not be zero."""
-    tau = scalar(op, "temperature", value, like)
-    if tau.value == 0:
-        raise ValueError(f"{op}: temperature must be finite and not zero, got {value}")
-    return tau
+    return scalar(op, "temperature", value, like, nonzero=True)
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
