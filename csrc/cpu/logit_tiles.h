@@ -248,7 +248,7 @@ struct LogitTile {
     }
     for (int64_t r = row; logits.skips > 0 && r < min(row + kRows, a.rows - i0); r++) {
       const int64_t at = logits.skip[(i0 + r) * logits.skips] - b.first - j0;
-      if (column <= at && at < column + kPanel) logits.own_logit[i0 + r] = kept_logit(r, at);
+      if (column <= at && at < min(column + kPanel, b.rows - j0)) logits.own_logit[i0 + r] = kept_logit(r, at);
     }
   }
 
