@@ -144,7 +144,9 @@ def _pairs(query, key, skip, query_ids, key_ids, matmul: int, normalize_key: boo
         y = _operand(query, dtype, True) if normalize_key else x
     else:
         y = _operand(key, dtype, normalize_key)
-    skip = None if skip is None or not skip.shape[1] else skip.contiguous()
+    if skip is not None:
+        # in 32 bits: a column past the last one stands for all that do not exist
+        skip = skip.clamp(-1, y.rows).to(torch.int32).contiguous() if skip.shape[1] else None
     ids = (None, None) if query_ids is None else (query_ids.contiguous(), key_ids.contiguous())
     return _Pairs(x, y, *ids, skip, query.shape[1], dtype)
 
@@ -192,11 +194,11 @@ def _softmax(pairs: _Pairs, scale, online: bool, attract: bool):
     tiles = _gradient_tiles(config, pairs.dim) if attract else config.rows
     schedule = _schedule(pairs, tiles, config.programs, sliced=attract)
     rows = pairs.x.rows
-    peak, sums, skipped = scale.new_empty((3, schedule.splits, rows))
+    stats = scale.new_empty((schedule.splits, 3, rows))
     partial = scale.new_empty((schedule.splits, rows, pairs.dim) if attract else (0, 0, 0))
     _contrast_fwd_kernel[schedule.grid](
-        **pairs.arguments(), factor_peak_ptr=pairs.y.factor_peak, scale_ptr=scale, peak_ptr=peak, sums_ptr=sums,
-        skipped_ptr=skipped, attraction_ptr=partial, BOUNDED=not online, ATTRACT=attract, SWAPPED=pairs.swapped,
+        **pairs.arguments(), factor_peak_ptr=pairs.y.factor_peak, scale_ptr=scale, stats_ptr=stats,
+        attraction_ptr=partial, BOUNDED=not online, ATTRACT=attract, SWAPPED=pairs.swapped,
         D=pairs.dim, **{"GRAD_WIDTH": 1} | schedule.arguments,
     )  # fmt: skip
     lse = scale.new_empty(rows, dtype=torch.float64)
@@ -207,7 +209,7 @@ def _softmax(pairs: _Pairs, scale, online: bool, attract: bool):
         return (triton.cdiv(meta["N"], meta["ROWS"]),)
 
     _contrast_fwd_finish_kernel[finish_grid](
-        peak_ptr=peak, sums_ptr=sums, skipped_ptr=skipped, partial_ptr=partial, factor_peak_ptr=pairs.y.factor_peak,
+        stats_ptr=stats, partial_ptr=partial, factor_peak_ptr=pairs.y.factor_peak,
         scale_ptr=scale, lse_ptr=lse, peak_logit_ptr=peak_logit, skipped_logit_ptr=skipped_logit,
         attraction_ptr=attraction, N=rows, splits=schedule.splits, ATTRACT=attract, D=pairs.dim, ROWS=PAIRS,
         DEPTH=ROW_DEPTH,
@@ -219,14 +221,12 @@ def _softmax(pairs: _Pairs, scale, online: bool, attract: bool):
 class _Weights:
     """What the softmax along one side is worth: weight * exp(|scale| (similarity - base)), in units of a peak."""
 
-    weight: torch.Tensor  # (N,)
-    base: torch.Tensor  # (N,)
+    tensor: torch.Tensor  # (2, N): weight, base
     used: bool = True
 
     @staticmethod
-    def none(like: torch.Tensor) -> _Weights:
-        zeros = torch.zeros_like(like, dtype=torch.float32)
-        return _Weights(zeros, zeros, used=False)
+    def none(operand: _Operand) -> _Weights:
+        return _Weights(operand.factor.new_zeros((2, operand.rows)), used=False)
 
 
 def contrast_bwd(
@@ -245,7 +245,7 @@ def contrast_bwd(
             peak = torch.maximum(peak, torch.linalg.vector_norm(grad_columns, torch.inf))
         row = _weights(grad_rows, lse_rows, peak, scale, bounded)
         if grad_columns is None:
-            column = _Weights.none(pairs.y.factor)
+            column = _Weights.none(pairs.y)
         else:
             column = _weights(grad_columns, lse_columns, peak, scale, bounded)
         softmax = {"bias": scale, "sigmoid": False, "bounded": bounded}
@@ -261,16 +261,16 @@ def contrast_bwd(
 
 
 def _weights(grad, lse, peak, scale, bounded: bool) -> _Weights:
-    weight, base = scale.new_empty((2, len(lse)))
+    weights = scale.new_empty((2, len(lse)))
 
     def grid(meta):
         return (triton.cdiv(meta["N"], meta["ROWS"]),)
 
     _contrast_bwd_weights_kernel[grid](
-        grad_ptr=grad, lse_ptr=lse.contiguous(), peak_ptr=peak, scale_ptr=scale, weight_ptr=weight, base_ptr=base,
+        grad_ptr=grad, lse_ptr=lse.contiguous(), peak_ptr=peak, scale_ptr=scale, weights_ptr=weights,
         N=len(lse), stride_grad=grad.stride(0), BOUNDED=bounded, ROWS=128,
     )  # fmt: skip
-    return _Weights(weight, base)
+    return _Weights(weights)
 
 
 def _gradient(pairs: _Pairs, row: _Weights, column: _Weights, peak, scale, *, bias, sigmoid: bool, bounded: bool):
@@ -279,19 +279,21 @@ def _gradient(pairs: _Pairs, row: _Weights, column: _Weights, peak, scale, *, bi
     tiles = _gradient_tiles(config, pairs.dim)
     schedule = _schedule(pairs, tiles, config.programs, sliced=True)
     partial = scale.new_empty((schedule.splits, pairs.x.rows, pairs.dim))
-    along, total = scale.new_empty((2, schedule.splits, pairs.x.rows))
+    sums = scale.new_empty((2, schedule.splits, pairs.x.rows))
     both = sigmoid or bounded  # where weights of 0 cost nothing
     _contrast_bwd_kernel[schedule.grid](
-        **pairs.arguments(), row_weight_ptr=row.weight, row_base_ptr=row.base, column_weight_ptr=column.weight,
-        column_base_ptr=column.base, factor_peak_ptr=pairs.y.factor_peak, weight_peak_ptr=peak, scale_ptr=scale,
-        bias_ptr=bias, grad_ptr=partial, grad_scale_ptr=along, grad_bias_ptr=total, SIGMOID=sigmoid, BOUNDED=bounded,
+        **pairs.arguments(), row_weights_ptr=row.tensor, column_weights_ptr=column.tensor,
+        factor_peak_ptr=pairs.y.factor_peak, weight_peak_ptr=peak, scale_ptr=scale,
+        bias_ptr=bias, grad_ptr=partial, sums_ptr=sums, SIGMOID=sigmoid, BOUNDED=bounded,
         ROW_TERM=both or row.used, COLUMN_TERM=both or column.used, SWAPPED=pairs.swapped, D=pairs.dim,
         **schedule.arguments,
     )  # fmt: skip
     grad = partial[0] if schedule.splits == 1 else partial.sum(dim=0)
     if pairs.swapped:
         return grad, None, None
-    return grad, along.sum(dtype=torch.float64), total.sum(dtype=torch.float64) if sigmoid else None
+    return grad, *(
+        side.sum(dtype=torch.float64) if used else None for side, used in zip(sums, (True, sigmoid), strict=True)
+    )
 
 
 def sigmoid_contrast_fwd(query, key, scale, bias, positive, query_ids, key_ids, matmul):
@@ -317,7 +319,7 @@ def sigmoid_contrast_bwd(grad_rows, query, key, scale, bias, positive, query_ids
         pairs = _pairs(query, key, positive, query_ids, key_ids, matmul)
         peak = torch.linalg.vector_norm(grad_rows, torch.inf)
         weight = (grad_rows / peak.clamp_min(torch.finfo(torch.float32).tiny)).float()
-        row, column = _Weights(weight, weight), _Weights.none(pairs.y.factor)
+        row, column = _Weights(torch.stack([weight, weight])), _Weights.none(pairs.y)
         sigmoid = {"bias": bias, "sigmoid": True, "bounded": False}
         grad_query, along, total = _gradient(pairs, row, column, peak, scale, **sigmoid)
         grad_key, _, _ = _gradient(pairs.swap(), column, row, peak, scale, **sigmoid)

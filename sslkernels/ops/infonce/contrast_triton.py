@@ -86,40 +86,34 @@ def _similarities(
 
 
 @triton.jit
-def _load_skip(skip_ptr, index, s: tl.constexpr, COUNT, LIMIT, SKIPS: tl.constexpr):
-    """skip[index, s] in 32 bits, -1 where it names nothing below ``LIMIT``."""
-    skip = tl.load(skip_ptr + index.to(tl.int64) * SKIPS + s, mask=index < COUNT, other=-1)
-    return tl.where((skip >= 0) & (skip < LIMIT), skip, -1).to(tl.int32)
-
-
-@triton.jit
 def _apart(
-    rows, columns, N, M, skip_ptr, x_ids_ptr, y_ids_ptr,
+    rows, columns, x_rows, y_rows, skip_ptr, x_ids_ptr, y_ids_ptr,
     SWAPPED: tl.constexpr, SKIPS: tl.constexpr, HAS_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Where a tile holds pairs that neither ``skip`` names nor equal ids. ``skip`` belongs to the queries."""
+    """Where a tile holds pairs that neither ``skip`` names, which belongs to the queries, nor equal ids.
+
+    x_rows and y_rows are the nearest rows that exist: what a tile has beyond them is left out by others.
+    """
     apart = (rows >= 0)[:, None] & (columns >= 0)[None, :]
     for s in tl.static_range(SKIPS):
         if SWAPPED:
-            apart &= rows[:, None] != _load_skip(skip_ptr, columns, s, M, N, SKIPS)[None, :]
+            apart &= rows[:, None] != tl.load(skip_ptr + y_rows.to(tl.int64) * SKIPS + s)[None, :]
         else:
-            apart &= _load_skip(skip_ptr, rows, s, N, M, SKIPS)[:, None] != columns[None, :]
+            apart &= tl.load(skip_ptr + x_rows.to(tl.int64) * SKIPS + s)[:, None] != columns[None, :]
     if HAS_IDS:
-        row_ids = tl.load(x_ids_ptr + rows, mask=rows < N, other=0)
-        column_ids = tl.load(y_ids_ptr + columns, mask=columns < M, other=0)
-        apart &= row_ids[:, None] != column_ids[None, :]
+        apart &= tl.load(x_ids_ptr + x_rows)[:, None] != tl.load(y_ids_ptr + y_rows)[None, :]
     return apart
 
 
 @triton.jit(do_not_specialize=["N", "M", "chunk"])
 def _contrast_fwd_kernel(
     x_ptr, x_factor_ptr, y_ptr, y_factor_ptr, factor_peak_ptr, scale_ptr, skip_ptr, x_ids_ptr, y_ids_ptr,
-    peak_ptr, sums_ptr, skipped_ptr, attraction_ptr, N, M, chunk, stride_xn, stride_yn,
+    stats_ptr, attraction_ptr, N, M, chunk, stride_xn, stride_yn,
     BOUNDED: tl.constexpr, ATTRACT: tl.constexpr, SWAPPED: tl.constexpr, SKIPS: tl.constexpr, HAS_IDS: tl.constexpr,
     TILE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, GRAD_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """peak, sums, skipped (splits, N): the largest similarity, the sum of exp(logit - peak), that of skip[:, 0].
+    """stats (splits, 3, N): the largest similarity, the sum of exp(logit - peak), the similarity of skip[:, 0].
 
     attraction (splits, N, D): the sum of exp(logit - peak) y, in units of factor_peak / TILE_SCALE. Program (i, s, w)
     takes ROWS rows, ``chunk`` columns, and GRAD_WIDTH elements of the attraction. ``BOUNDED``: the peak is taken to be
@@ -144,13 +138,13 @@ def _contrast_fwd_kernel(
             x_ptr, x_rows, stride_xn, row_factor, y_ptr, y_rows, stride_yn, column_factor,
             TILE, WIDTH, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        keep = _apart(rows, columns, N, M, skip_ptr, x_ids_ptr, y_ids_ptr, SWAPPED, SKIPS, HAS_IDS)
+        keep = _apart(rows, columns, x_rows, y_rows, skip_ptr, x_ids_ptr, y_ids_ptr, SWAPPED, SKIPS, HAS_IDS)
         keep &= (columns < M)[None, :]
         if BOUNDED:
             terms = tl.where(keep, tl.exp2(tl.fma(similarity, scale, -scale)), 0.0)
         else:
             if SKIPS > 0 and not SWAPPED:
-                named = _load_skip(skip_ptr, rows, 0, N, M, SKIPS)[:, None] == columns[None, :]
+                named = tl.load(skip_ptr + x_rows.to(tl.int64) * SKIPS)[:, None] == columns[None, :]
                 skipped = tl.maximum(skipped, tl.max(tl.where(named, similarity, -float("inf")), 1))
             similarity = tl.where(keep, similarity, -float("inf"))
             new_peak = tl.maximum(peak, tl.max(similarity, 1))
@@ -168,21 +162,21 @@ def _contrast_fwd_kernel(
             attraction = tl.dot(terms.to(TILE), z, attraction, input_precision="ieee")
 
     inside = rows < N
-    index = tl.program_id(1).to(tl.int64) * N + rows
+    split = tl.program_id(1).to(tl.int64)
+    stats_ptrs = stats_ptr + split * 3 * N + rows
     first_slice = inside & (tl.program_id(2) == 0)
-    tl.store(peak_ptr + index, peak, mask=first_slice)
-    tl.store(sums_ptr + index, sums, mask=first_slice)
-    tl.store(skipped_ptr + index, skipped, mask=first_slice)
+    tl.store(stats_ptrs, peak, mask=first_slice)
+    tl.store(stats_ptrs + N, sums, mask=first_slice)
+    tl.store(stats_ptrs + 2 * N, skipped, mask=first_slice)
     if ATTRACT:
-        offsets = index[:, None] * D + width[None, :]
+        offsets = (split * N + rows)[:, None] * D + width[None, :]
         tl.store(attraction_ptr + offsets, attraction, mask=inside[:, None] & (width < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def _contrast_fwd_finish_kernel(
-    peak_ptr, sums_ptr, skipped_ptr, partial_ptr, factor_peak_ptr, scale_ptr,
-    lse_ptr, peak_logit_ptr, skipped_logit_ptr, attraction_ptr, N, splits,
-    ATTRACT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    stats_ptr, partial_ptr, factor_peak_ptr, scale_ptr, lse_ptr, peak_logit_ptr, skipped_logit_ptr, attraction_ptr,
+    N, splits, ATTRACT: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """lse, peak_logit, skipped_logit (N,) and attraction (N, D) from what the splits of the columns found."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -192,15 +186,15 @@ def _contrast_fwd_finish_kernel(
     none = tl.full((ROWS,), -float("inf"), tl.float32)
     peak, skipped = none, none
     for split in range(splits):
-        index = tl.cast(split, tl.int64) * N + rows
-        peak = tl.maximum(peak, tl.load(peak_ptr + index, mask=inside, other=-float("inf")))
-        skipped = tl.maximum(skipped, tl.load(skipped_ptr + index, mask=inside, other=-float("inf")))
+        stats_ptrs = stats_ptr + tl.cast(split, tl.int64) * 3 * N + rows
+        peak = tl.maximum(peak, tl.load(stats_ptrs, mask=inside, other=-float("inf")))
+        skipped = tl.maximum(skipped, tl.load(stats_ptrs + 2 * N, mask=inside, other=-float("inf")))
     base = tl.where(peak == none, 0.0, peak)
     sums = tl.zeros((ROWS,), tl.float32)
     for split in range(splits):
-        index = tl.cast(split, tl.int64) * N + rows
-        share = tl.exp2((tl.load(peak_ptr + index, mask=inside, other=-float("inf")) - base) * scale)
-        sums += share * tl.load(sums_ptr + index, mask=inside, other=0.0)
+        stats_ptrs = stats_ptr + tl.cast(split, tl.int64) * 3 * N + rows
+        share = tl.exp2((tl.load(stats_ptrs, mask=inside, other=-float("inf")) - base) * scale)
+        sums += share * tl.load(stats_ptrs + N, mask=inside, other=0.0)
     # log 0 is -inf: nothing took part
     tl.store(lse_ptr + rows, base.to(tl.float64) * size + tl.log(sums), mask=inside)
     tl.store(peak_logit_ptr + rows, tl.where(peak == none, none, peak * size), mask=inside)
@@ -212,19 +206,22 @@ def _contrast_fwd_finish_kernel(
             mask = inside[:, None] & (d < D)[None, :]
             attraction = tl.zeros((ROWS, DEPTH), tl.float32)
             for split in range(splits):
-                index = tl.cast(split, tl.int64) * N + rows
-                share = tl.exp2((tl.load(peak_ptr + index, mask=inside, other=-float("inf")) - base) * scale)
-                partial = tl.load(partial_ptr + index[:, None] * D + d[None, :], mask=mask, other=0.0)
+                first = tl.cast(split, tl.int64) * N
+                peak = tl.load(stats_ptr + first * 3 + rows, mask=inside, other=-float("inf"))
+                share = tl.exp2((peak - base) * scale)
+                partial = tl.load(partial_ptr + (first + rows)[:, None] * D + d[None, :], mask=mask, other=0.0)
                 attraction += partial * share[:, None]
             tl.store(attraction_ptr + rows[:, None] * D + d[None, :], attraction * norm[:, None], mask=mask)
 
 
 @triton.jit(do_not_specialize=["N"])
 def _contrast_bwd_weights_kernel(
-    grad_ptr, lse_ptr, peak_ptr, scale_ptr, weight_ptr, base_ptr, N, stride_grad, BOUNDED: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """weight exp(|scale| (similarity - base)) is grad / peak times the softmax. Both are 0 where nothing takes part."""
+    grad_ptr, lse_ptr, peak_ptr, scale_ptr, weights_ptr, N, stride_grad, BOUNDED: tl.constexpr, ROWS: tl.constexpr
+):
+    """weights (2, N), weight and base: weight exp(|scale| (similarity - base)) is grad / peak times the softmax.
+
+    The weight is 0 where nothing takes part.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < N
     size = tl.abs(tl.load(scale_ptr)).to(tl.float64)
@@ -239,8 +236,8 @@ def _contrast_bwd_weights_kernel(
     exponent = (base.to(tl.float64) * size - lse) * LOG2_E
     whole = tl.floor(exponent)  # apart, since fp32 would round a large exponent
     power = tl.exp2((exponent - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
-    tl.store(weight_ptr + rows, tl.where(some, grad.to(tl.float32) * power, 0.0), mask=mask)
-    tl.store(base_ptr + rows, base, mask=mask)
+    tl.store(weights_ptr + rows, tl.where(some, grad.to(tl.float32) * power, 0.0), mask=mask)
+    tl.store(weights_ptr + N + rows, base, mask=mask)
 
 
 @triton.jit
@@ -269,9 +266,8 @@ def _sigmoid_terms(similarity, scale, bias, apart):
 
 @triton.jit(do_not_specialize=["N", "M", "chunk"])
 def _contrast_bwd_kernel(
-    x_ptr, x_factor_ptr, row_weight_ptr, row_base_ptr, y_ptr, y_factor_ptr, column_weight_ptr, column_base_ptr,
-    factor_peak_ptr, weight_peak_ptr, scale_ptr, bias_ptr, skip_ptr, x_ids_ptr, y_ids_ptr,
-    grad_ptr, grad_scale_ptr, grad_bias_ptr, N, M, chunk, stride_xn, stride_yn,
+    x_ptr, x_factor_ptr, row_weights_ptr, y_ptr, y_factor_ptr, column_weights_ptr, factor_peak_ptr, weight_peak_ptr,
+    scale_ptr, bias_ptr, skip_ptr, x_ids_ptr, y_ids_ptr, grad_ptr, sums_ptr, N, M, chunk, stride_xn, stride_yn,
     SIGMOID: tl.constexpr, BOUNDED: tl.constexpr, ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr,
     SWAPPED: tl.constexpr, SKIPS: tl.constexpr, HAS_IDS: tl.constexpr, TILE: tl.constexpr,
     D: tl.constexpr, WIDTH: tl.constexpr, GRAD_WIDTH: tl.constexpr,
@@ -279,7 +275,7 @@ def _contrast_bwd_kernel(
 ):  # fmt: skip
     """grad (splits, N, D) = scale G y over the columns of a split, with G the gradients of the logits.
 
-    Unless ``SWAPPED``: grad_scale (splits, N) the rows' sums of G * similarity, and grad_bias that of G. Programs as in
+    Unless ``SWAPPED``: sums (2, splits, N), of G * similarity, and with ``SIGMOID`` of G. Programs as in
     `_contrast_fwd_kernel`; G is formed again from each tile of similarities, in units of the peak of its weights.
     """
     rows = (tl.program_id(0).to(tl.int64) * ROWS).to(tl.int32) + tl.arange(0, ROWS)
@@ -289,7 +285,8 @@ def _contrast_bwd_kernel(
     bias = tl.load(bias_ptr) * LOG2_E
     factor_peak, weight_peak = tl.load(factor_peak_ptr), tl.maximum(tl.load(weight_peak_ptr), MIN_NORMAL).to(tl.float32)
     row_factor = tl.load(x_factor_ptr + x_rows) * sign
-    row_weight, row_base = tl.load(row_weight_ptr + x_rows), tl.load(row_base_ptr + x_rows)
+    row_weight, row_base = tl.load(row_weights_ptr + x_rows), tl.load(row_weights_ptr + N + x_rows)
+    grad_unit = factor_peak / TILE_SCALE * (weight_peak * tl.load(scale_ptr))
     along = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     grad = tl.zeros((ROWS, GRAD_WIDTH), tl.float32)
@@ -298,13 +295,13 @@ def _contrast_bwd_kernel(
         columns = start + tl.arange(0, COLUMNS)
         y_rows = tl.minimum(columns, M - 1)
         column_factor = tl.load(y_factor_ptr + y_rows)
-        column_weight, column_base = tl.load(column_weight_ptr + y_rows), tl.load(column_base_ptr + y_rows)
+        column_weight, column_base = tl.load(column_weights_ptr + y_rows), tl.load(column_weights_ptr + M + y_rows)
         similarity = _similarities(
             x_ptr, x_rows, stride_xn, row_factor, y_ptr, y_rows, stride_yn, column_factor,
             TILE, WIDTH, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
         keep = (columns < M)[None, :]
-        apart = _apart(rows, columns, N, M, skip_ptr, x_ids_ptr, y_ids_ptr, SWAPPED, SKIPS, HAS_IDS)
+        apart = _apart(rows, columns, x_rows, y_rows, skip_ptr, x_ids_ptr, y_ids_ptr, SWAPPED, SKIPS, HAS_IDS)
         if SIGMOID:
             minus_y, x, power = _sigmoid_terms(similarity, scale, bias, apart)
             g = minus_y * tl.where(x >= 0, 1.0, power) / (1 + power) * (row_weight[:, None] + column_weight[None, :])
@@ -326,12 +323,12 @@ def _contrast_bwd_kernel(
     index = tl.program_id(1).to(tl.int64) * N + rows
     if not SWAPPED:
         first_slice = inside & (tl.program_id(2) == 0)
-        tl.store(grad_scale_ptr + index, along * (sign * weight_peak), mask=first_slice)
+        tl.store(sums_ptr + index, along * (sign * weight_peak), mask=first_slice)
         if SIGMOID:
-            tl.store(grad_bias_ptr + index, total * weight_peak, mask=first_slice)
-    grad *= factor_peak / TILE_SCALE * (weight_peak * tl.load(scale_ptr))
+            sums_ptr += tl.num_programs(1).to(tl.int64) * N
+            tl.store(sums_ptr + index, total * weight_peak, mask=first_slice)
     offsets = index[:, None] * D + width[None, :]
-    tl.store(grad_ptr + offsets, grad, mask=inside[:, None] & (width < D)[None, :])
+    tl.store(grad_ptr + offsets, grad * grad_unit, mask=inside[:, None] & (width < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "M", "chunk"])
@@ -355,7 +352,7 @@ def _sigmoid_contrast_fwd_kernel(
             x_ptr, x_rows, stride_xn, row_factor, y_ptr, y_rows, stride_yn, tl.load(y_factor_ptr + y_rows),
             TILE, WIDTH, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        apart = _apart(rows, columns, N, M, skip_ptr, x_ids_ptr, y_ids_ptr, False, SKIPS, HAS_IDS)
+        apart = _apart(rows, columns, x_rows, y_rows, skip_ptr, x_ids_ptr, y_ids_ptr, False, SKIPS, HAS_IDS)
         _, x, power = _sigmoid_terms(similarity, scale, bias, apart)
         terms = tl.where((columns < M)[None, :], tl.maximum(x, 0.0) * LN_2 + _log1p(power), 0.0)
         loss += tl.sum(terms, 1)
