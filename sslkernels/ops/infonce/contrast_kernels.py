@@ -46,7 +46,7 @@ class _Pairs:
     y: _Operand
     x_ids: torch.Tensor | None
     y_ids: torch.Tensor | None
-    skip: torch.Tensor | None  # (queries, S)
+    skip: torch.Tensor | None  # (queries, S) int32
     dim: int
     dtype: torch.dtype  # of the tiles
     swapped: bool = False  # the queries are y
@@ -144,9 +144,8 @@ def _pairs(query, key, skip, query_ids, key_ids, matmul: int, normalize_key: boo
         y = _operand(query, dtype, True) if normalize_key else x
     else:
         y = _operand(key, dtype, normalize_key)
-    if skip is not None:
-        # in 32 bits: a column past the last one stands for all that do not exist
-        skip = skip.clamp(-1, y.rows).to(torch.int32).contiguous() if skip.shape[1] else None
+    if skip is not None:  # in 32 bits, -1 for every column that does not exist
+        skip = torch.where(skip < y.rows, skip, -1).clamp_min(-1).to(torch.int32) if skip.shape[1] else None
     ids = (None, None) if query_ids is None else (query_ids.contiguous(), key_ids.contiguous())
     return _Pairs(x, y, *ids, skip, query.shape[1], dtype)
 
@@ -291,9 +290,7 @@ def _gradient(pairs: _Pairs, row: _Weights, column: _Weights, peak, scale, *, bi
     grad = partial[0] if schedule.splits == 1 else partial.sum(dim=0)
     if pairs.swapped:
         return grad, None, None
-    return grad, *(
-        side.sum(dtype=torch.float64) if used else None for side, used in zip(sums, (True, sigmoid), strict=True)
-    )
+    return grad, sums[0].sum(dtype=torch.float64), sums[1].sum(dtype=torch.float64) if sigmoid else None
 
 
 def sigmoid_contrast_fwd(query, key, scale, bias, positive, query_ids, key_ids, matmul):
