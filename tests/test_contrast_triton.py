@@ -35,7 +35,7 @@ def ids(count, *, seed=0):
 def one_program(monkeypatch):
     """A GPU of one multiprocessor, where no columns are split and one program meets many tiles."""
     of_family = contrast_kernels.config_of
-    monkeypatch.setattr(contrast_kernels, "config_of", lambda itemsize: replace(of_family(itemsize), programs=1))
+    monkeypatch.setattr(contrast_kernels, "config_of", lambda *of: replace(of_family(*of), programs=1))
 
 
 def softmax(ops, query, key, scale, *, skip=None, pair=None, normalize_key=False, bounded=False, columns=False,

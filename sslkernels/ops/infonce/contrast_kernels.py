@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -17,8 +17,25 @@ from sslkernels.ops.infonce.contrast_triton import (
     _contrast_pack_kernel,
     _sigmoid_contrast_fwd_kernel,
 )
-from sslkernels.ops.infonce.kernels import PAIRS, ROW_DEPTH, Config, Tiles, config_of
+from sslkernels.ops.infonce.kernels import CONFIGS, PAIRS, ROW_DEPTH, Config, Tiles, config_of
 
+# those of nt_xent, but for tiles that registers do not suffice for, since there are more vectors and masks to hold
+CONTRAST_CONFIGS = CONFIGS | {
+    "sm_100": CONFIGS["sm_100"]
+    | {2: replace(CONFIGS["sm_100"][2], backward=Tiles(64, 64, 128, num_warps=8, num_stages=2, grad_width=128))},
+    "gfx942": {
+        2: replace(
+            CONFIGS["gfx942"][2],
+            rows=Tiles(128, 64, 128, num_warps=8, num_stages=1),
+            backward=Tiles(128, 64, 64, num_warps=8, num_stages=1, grad_width=128),
+        ),
+        4: replace(
+            CONFIGS["gfx942"][4],
+            rows=Tiles(64, 64, 64, num_warps=8, num_stages=1),
+            backward=Tiles(64, 32, 32, num_warps=8, num_stages=1, grad_width=128),
+        ),
+    },
+}
 # what operands may be rounded to, by the operators' argument matmul
 TILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -157,7 +174,7 @@ def _on_definition(query, key) -> bool:
 
 
 def _config(pairs: _Pairs) -> Config:
-    return config_of(pairs.dtype.itemsize)
+    return config_of(pairs.dtype.itemsize, CONTRAST_CONFIGS)
 
 
 def _gradient_tiles(config: Config, dim: int) -> Tiles:

@@ -139,14 +139,15 @@ def _contrast_fwd_kernel(
             TILE, WIDTH, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
         keep = _apart(rows, columns, x_rows, y_rows, skip_ptr, x_ids_ptr, y_ids_ptr, SWAPPED, SKIPS, HAS_IDS)
-        keep &= (columns < M)[None, :]
+        outside = tl.where(columns < M, 0.0, -float("inf"))[None, :]
         if BOUNDED:
+            similarity += outside
             terms = tl.where(keep, tl.exp2(tl.fma(similarity, scale, -scale)), 0.0)
         else:
             if SKIPS > 0 and not SWAPPED:
                 named = tl.load(skip_ptr + x_rows.to(tl.int64) * SKIPS)[:, None] == columns[None, :]
                 skipped = tl.maximum(skipped, tl.max(tl.where(named, similarity, -float("inf")), 1))
-            similarity = tl.where(keep, similarity, -float("inf"))
+            similarity = tl.where(keep, similarity, -float("inf")) + outside
             new_peak = tl.maximum(peak, tl.max(similarity, 1))
             base = tl.where(new_peak == -float("inf"), 0.0, new_peak)  # nothing may have taken part so far
             rescale = tl.exp2((peak - base) * scale)  # exactly 1 where the peak stays
@@ -241,6 +242,12 @@ def _contrast_bwd_weights_kernel(
 
 
 @triton.jit
+def _exp2_finite(x):
+    """2^x; of pairs that take no part, x may be anything, and what is left of them must not be NaN."""
+    return tl.exp2(tl.minimum(x, 126.0))
+
+
+@triton.jit
 def _softmax_weights(
     similarity, row_weight, row_base, column_weight, column_base, scale,
     BOUNDED: tl.constexpr, ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr,
@@ -248,12 +255,12 @@ def _softmax_weights(
     """What the softmaxes along the rows and along the columns give a pair. With a fixed bound one exp2 serves both."""
     if BOUNDED:
         return tl.exp2(tl.fma(similarity, scale, -scale)) * (row_weight[:, None] + column_weight[None, :])
-    if ROW_TERM and COLUMN_TERM:
-        weights = row_weight[:, None] * tl.exp2((similarity - row_base[:, None]) * scale)
-        return weights + column_weight[None, :] * tl.exp2((similarity - column_base[None, :]) * scale)
+    weights = tl.zeros_like(similarity)
     if ROW_TERM:
-        return row_weight[:, None] * tl.exp2((similarity - row_base[:, None]) * scale)
-    return column_weight[None, :] * tl.exp2((similarity - column_base[None, :]) * scale)
+        weights += row_weight[:, None] * _exp2_finite((similarity - row_base[:, None]) * scale)
+    if COLUMN_TERM:
+        weights += column_weight[None, :] * _exp2_finite((similarity - column_base[None, :]) * scale)
+    return weights
 
 
 @triton.jit
@@ -294,27 +301,26 @@ def _contrast_bwd_kernel(
     for start in range(first, tl.minimum(first + chunk, M), COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         y_rows = tl.minimum(columns, M - 1)
-        column_factor = tl.load(y_factor_ptr + y_rows)
+        real = tl.where(columns < M, 1.0, 0.0)
+        column_factor = tl.load(y_factor_ptr + y_rows) * real
         column_weight, column_base = tl.load(column_weights_ptr + y_rows), tl.load(column_weights_ptr + M + y_rows)
         similarity = _similarities(
             x_ptr, x_rows, stride_xn, row_factor, y_ptr, y_rows, stride_yn, column_factor,
             TILE, WIDTH, ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-        keep = (columns < M)[None, :]
         apart = _apart(rows, columns, x_rows, y_rows, skip_ptr, x_ids_ptr, y_ids_ptr, SWAPPED, SKIPS, HAS_IDS)
         if SIGMOID:
             minus_y, x, power = _sigmoid_terms(similarity, scale, bias, apart)
             g = minus_y * tl.where(x >= 0, 1.0, power) / (1 + power) * (row_weight[:, None] + column_weight[None, :])
         else:
-            keep &= apart
             g = _softmax_weights(
                 similarity, row_weight, row_base, column_weight, column_base, scale, BOUNDED, ROW_TERM, COLUMN_TERM
             )
-        g = tl.where(keep, g, 0.0)
+            g = tl.where(apart, g, 0.0)
         if not SWAPPED:
             along += tl.sum(g * similarity, 1)
             if SIGMOID:
-                total += tl.sum(g, 1)
+                total += tl.sum(g * real[None, :], 1)
         z = _load_tile(y_ptr, y_rows, width, stride_yn, WIDTH, WIDTH % GRAD_WIDTH != 0, TILE)
         g *= (column_factor / factor_peak * TILE_SCALE)[None, :]
         grad = tl.dot(g.to(TILE), z, grad, input_precision="ieee")

@@ -120,12 +120,12 @@ PAIRS = 16
 ROW_DEPTH = 64
 
 
-def config_of(itemsize: int) -> Config:
+def config_of(itemsize: int, configs: dict[str, dict[int, Config]] = CONFIGS) -> Config:
     """What the current device runs; GPUs of other families get sm_80's, which also fits their shared memory."""
     target = driver.active.get_current_target()
     if target.backend == "hip":
-        return CONFIGS["gfx942"][itemsize]
-    return CONFIGS[{9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")][itemsize]
+        return configs["gfx942"][itemsize]
+    return configs[{9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")][itemsize]
 
 
 @dataclass(frozen=True)
