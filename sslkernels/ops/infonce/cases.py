@@ -179,7 +179,7 @@ INFO_NCE_QUEUE_CASES = (
 )
 CLIP_CASES = (
     _clip("n256_d128", 256, 256, 128, 14.0, tags=("verify", "bench", "aot")),
-    _clip("n256_d512_scale100", 256, 256, 512, 100.0, noise=4.0),
+    _clip("n256_d512_scale100", 256, 256, 512, 100.0, tags=("verify", "aot"), noise=4.0),
     _clip("n4096_d512", 4096, 4096, 512, 100.0, tags=("bench",), noise=4.0),
     _clip("rectangular", 70, 131, 64, 10.0, -3.0, tags=("verify", "edge")),
     _clip("tall", 131, 70, 33, 20.0, tags=("verify", "edge"), reduction="none"),

@@ -28,11 +28,12 @@ CONTRAST_CONFIGS = CONFIGS | {
             CONFIGS["gfx942"][2],
             rows=Tiles(128, 64, 128, num_warps=8, num_stages=1),
             backward=Tiles(128, 64, 64, num_warps=8, num_stages=1, grad_width=128),
+            backward_wide=Tiles(32, 32, 64, num_warps=8, num_stages=1, grad_width=512),
         ),
         4: replace(
             CONFIGS["gfx942"][4],
             rows=Tiles(64, 64, 64, num_warps=8, num_stages=1),
-            backward=Tiles(64, 32, 32, num_warps=8, num_stages=1, grad_width=128),
+            backward=Tiles(64, 32, 64, num_warps=8, num_stages=1, grad_width=128),
         ),
     },
 }
@@ -237,12 +238,12 @@ def _softmax(pairs: _Pairs, scale, online: bool, attract: bool):
 class _Weights:
     """What the softmax along one side is worth: weight * exp(|scale| (similarity - base)), in units of a peak."""
 
-    tensor: torch.Tensor  # (2, N): weight, base
+    tensor: torch.Tensor  # (N, 2): weight, base
     used: bool = True
 
     @staticmethod
     def none(operand: _Operand) -> _Weights:
-        return _Weights(operand.factor.new_zeros((2, operand.rows)), used=False)
+        return _Weights(operand.factor.new_zeros((operand.rows, 2)), used=False)
 
 
 def contrast_bwd(
@@ -277,7 +278,7 @@ def contrast_bwd(
 
 
 def _weights(grad, lse, peak, scale, bounded: bool) -> _Weights:
-    weights = scale.new_empty((2, len(lse)))
+    weights = scale.new_empty((len(lse), 2))
 
     def grid(meta):
         return (triton.cdiv(meta["N"], meta["ROWS"]),)
@@ -333,7 +334,7 @@ def sigmoid_contrast_bwd(grad_rows, query, key, scale, bias, positive, query_ids
         pairs = _pairs(query, key, positive, query_ids, key_ids, matmul)
         peak = torch.linalg.vector_norm(grad_rows, torch.inf)
         weight = (grad_rows / peak.clamp_min(torch.finfo(torch.float32).tiny)).float()
-        row, column = _Weights(torch.stack([weight, weight])), _Weights.none(pairs.y)
+        row, column = _Weights(torch.stack([weight, weight], dim=1)), _Weights.none(pairs.y)
         sigmoid = {"bias": bias, "sigmoid": True, "bounded": False}
         grad_query, along, total = _gradient(pairs, row, column, peak, scale, **sigmoid)
         grad_key, _, _ = _gradient(pairs.swap(), column, row, peak, scale, **sigmoid)

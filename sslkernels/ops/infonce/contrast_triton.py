@@ -94,7 +94,7 @@ def _apart(
 
     x_rows and y_rows are the nearest rows that exist: what a tile has beyond them is left out by others.
     """
-    apart = (rows >= 0)[:, None] & (columns >= 0)[None, :]
+    apart = tl.full((rows.shape[0], columns.shape[0]), True, tl.int1)
     for s in tl.static_range(SKIPS):
         if SWAPPED:
             apart &= rows[:, None] != tl.load(skip_ptr + y_rows.to(tl.int64) * SKIPS + s)[None, :]
@@ -219,7 +219,7 @@ def _contrast_fwd_finish_kernel(
 def _contrast_bwd_weights_kernel(
     grad_ptr, lse_ptr, peak_ptr, scale_ptr, weights_ptr, N, stride_grad, BOUNDED: tl.constexpr, ROWS: tl.constexpr
 ):
-    """weights (2, N), weight and base: weight exp(|scale| (similarity - base)) is grad / peak times the softmax.
+    """weights (N, 2), weight and base: weight exp(|scale| (similarity - base)) is grad / peak times the softmax.
 
     The weight is 0 where nothing takes part.
     """
@@ -237,8 +237,8 @@ def _contrast_bwd_weights_kernel(
     exponent = (base.to(tl.float64) * size - lse) * LOG2_E
     whole = tl.floor(exponent)  # apart, since fp32 would round a large exponent
     power = tl.exp2((exponent - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
-    tl.store(weights_ptr + rows, tl.where(some, grad.to(tl.float32) * power, 0.0), mask=mask)
-    tl.store(weights_ptr + N + rows, base, mask=mask)
+    tl.store(weights_ptr + 2 * rows, tl.where(some, grad.to(tl.float32) * power, 0.0), mask=mask)
+    tl.store(weights_ptr + 2 * rows + 1, base, mask=mask)
 
 
 @triton.jit
@@ -292,7 +292,8 @@ def _contrast_bwd_kernel(
     bias = tl.load(bias_ptr) * LOG2_E
     factor_peak, weight_peak = tl.load(factor_peak_ptr), tl.maximum(tl.load(weight_peak_ptr), MIN_NORMAL).to(tl.float32)
     row_factor = tl.load(x_factor_ptr + x_rows) * sign
-    row_weight, row_base = tl.load(row_weights_ptr + x_rows), tl.load(row_weights_ptr + N + x_rows)
+    row_weights_ptrs = row_weights_ptr + x_rows.to(tl.int64) * 2
+    row_weight, row_base = tl.load(row_weights_ptrs), tl.load(row_weights_ptrs + 1)
     grad_unit = factor_peak / TILE_SCALE * (weight_peak * tl.load(scale_ptr))
     along = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -303,7 +304,8 @@ def _contrast_bwd_kernel(
         y_rows = tl.minimum(columns, M - 1)
         real = tl.where(columns < M, 1.0, 0.0)
         column_factor = tl.load(y_factor_ptr + y_rows) * real
-        column_weight, column_base = tl.load(column_weights_ptr + y_rows), tl.load(column_weights_ptr + M + y_rows)
+        column_weights_ptrs = column_weights_ptr + y_rows.to(tl.int64) * 2
+        column_weight, column_base = tl.load(column_weights_ptrs), tl.load(column_weights_ptrs + 1)
         similarity = _similarities(
             x_ptr, x_rows, stride_xn, row_factor, y_ptr, y_rows, stride_yn, column_factor,
             TILE, WIDTH, ROWS, COLUMNS, DEPTH,
