@@ -51,7 +51,7 @@ def _store_rows(
     In fp64, since a loss is the difference of logits that may be much larger.
     """
     positive = similarity.to(tl.float64) * (sign * scale)
-    negatives = shift + tl.log2(sums)
+    negatives = shift.to(tl.float64) + tl.log2(sums)
     excess = (negatives - positive) * LN_2
     loss = tl.maximum(excess, 0.0) + _log1p(tl.exp(-tl.abs(excess.to(tl.float32))))
     logsumexp = positive * LN_2 + loss
