@@ -21,8 +21,10 @@ from sslkernels.ops.infonce.kernels import CONFIGS, PAIRS, ROW_DEPTH, Config, Ti
 
 # those of nt_xent, but for tiles that registers do not suffice for, since there are more vectors and masks to hold
 CONTRAST_CONFIGS = CONFIGS | {
-    "sm_100": CONFIGS["sm_100"]
-    | {2: replace(CONFIGS["sm_100"][2], backward=Tiles(64, 64, 128, num_warps=8, num_stages=2, grad_width=128))},
+    "sm_100": {
+        2: replace(CONFIGS["sm_100"][2], backward=Tiles(64, 64, 128, num_warps=8, num_stages=2, grad_width=128)),
+        4: replace(CONFIGS["sm_100"][4], backward=Tiles(32, 32, 32, num_warps=8, num_stages=2, grad_width=128)),
+    },
     "gfx942": {
         2: replace(
             CONFIGS["gfx942"][2],

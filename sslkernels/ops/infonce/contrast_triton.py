@@ -75,13 +75,20 @@ def _similarities(
     x_ptr, rows, stride_xn, row_factor, y_ptr, columns, stride_yn, column_factor, TILE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) inner products in fp32, times the factors."""
+    """(ROWS, COLUMNS) inner products in fp32, times the factors.
+
+    Of wide fp32 rows, which large scales are used with, segments are summed apart: that halves the rounding of D = 512.
+    """
+    SEGMENT: tl.constexpr = 128 if TILE.primitive_bitwidth == 32 and WIDTH > 128 else WIDTH
     products = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, WIDTH, DEPTH):
-        d = start + tl.arange(0, DEPTH)
-        a = _load_tile(x_ptr, rows, d, stride_xn, WIDTH, WIDTH % DEPTH != 0, TILE)
-        b = _load_tile(y_ptr, columns, d, stride_yn, WIDTH, WIDTH % DEPTH != 0, TILE)
-        products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
+    for segment in tl.static_range(0, WIDTH, SEGMENT):
+        part = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(segment, segment + SEGMENT if segment + SEGMENT < WIDTH else WIDTH, DEPTH):
+            d = start + tl.arange(0, DEPTH)
+            a = _load_tile(x_ptr, rows, d, stride_xn, WIDTH, WIDTH % DEPTH != 0, TILE)
+            b = _load_tile(y_ptr, columns, d, stride_yn, WIDTH, WIDTH % DEPTH != 0, TILE)
+            part = tl.dot(a, tl.trans(b), part, input_precision="ieee")
+        products = part if segment == 0 else products + part
     return products * (row_factor[:, None] * column_factor[None, :])
 
 
