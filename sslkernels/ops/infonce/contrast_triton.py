@@ -30,6 +30,8 @@ from sslkernels.ops.infonce.shared_triton import (
     _row_scales,
 )
 
+SEGMENT = tl.constexpr(128)  # elements of a row whose fp32 products are added one by one
+
 
 @triton.jit(do_not_specialize=["N"])
 def _contrast_pack_kernel(
@@ -71,24 +73,40 @@ def _load_tile(x_ptr, rows, d, stride_xn, WIDTH: tl.constexpr, MASKED: tl.conste
 
 
 @triton.jit
+def _products(
+    x_ptr, rows, stride_xn, y_ptr, columns, stride_yn, first, last, TILE: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """(ROWS, COLUMNS) inner products of the elements from first to last, in fp32."""
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(first, last, DEPTH):
+        d = start + tl.arange(0, DEPTH)
+        a = _load_tile(x_ptr, rows, d, stride_xn, WIDTH, WIDTH % DEPTH != 0, TILE)
+        b = _load_tile(y_ptr, columns, d, stride_yn, WIDTH, WIDTH % DEPTH != 0, TILE)
+        products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
+    return products
+
+
+@triton.jit
 def _similarities(
     x_ptr, rows, stride_xn, row_factor, y_ptr, columns, stride_yn, column_factor, TILE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """(ROWS, COLUMNS) inner products in fp32, times the factors.
 
-    Of wide fp32 rows, which large scales are used with, segments are summed apart: that halves the rounding of D = 512.
+    fp32 products of wide rows are sums of sums: added one by one they would round more than those of a BLAS.
     """
-    SEGMENT: tl.constexpr = 128 if TILE.primitive_bitwidth == 32 and WIDTH > 128 else WIDTH
-    products = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for segment in tl.static_range(0, WIDTH, SEGMENT):
-        part = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for start in range(segment, segment + SEGMENT if segment + SEGMENT < WIDTH else WIDTH, DEPTH):
-            d = start + tl.arange(0, DEPTH)
-            a = _load_tile(x_ptr, rows, d, stride_xn, WIDTH, WIDTH % DEPTH != 0, TILE)
-            b = _load_tile(y_ptr, columns, d, stride_yn, WIDTH, WIDTH % DEPTH != 0, TILE)
-            part = tl.dot(a, tl.trans(b), part, input_precision="ieee")
-        products = part if segment == 0 else products + part
+    if TILE.primitive_bitwidth < 32 or WIDTH <= SEGMENT:
+        products = _products(
+            x_ptr, rows, stride_xn, y_ptr, columns, stride_yn, 0, WIDTH, TILE, WIDTH, ROWS, COLUMNS, DEPTH
+        )
+    else:
+        products = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for first in range(0, WIDTH, SEGMENT):
+            products += _products(
+                x_ptr, rows, stride_xn, y_ptr, columns, stride_yn, first, tl.minimum(first + SEGMENT, WIDTH),
+                TILE, WIDTH, ROWS, COLUMNS, DEPTH,
+            )  # fmt: skip
     return products * (row_factor[:, None] * column_factor[None, :])
 
 
