@@ -19,11 +19,18 @@ from sslkernels.ops.infonce.contrast_triton import (
 )
 from sslkernels.ops.infonce.kernels import CONFIGS, PAIRS, ROW_DEPTH, Config, Tiles, config_of
 
-# those of nt_xent, but for tiles that registers do not suffice for, since there are more vectors and masks to hold
-CONTRAST_CONFIGS = CONFIGS | {
+# as for nt_xent, but for tiles that leave no registers for the vectors and masks there are besides. On gfx942 scalar
+# registers hold the masks: what a loop fetches ahead must not need them too
+_FP32 = Tiles(64, 64, 16, num_warps=8, num_stages=2, grad_width=128)
+CONTRAST_CONFIGS = {
+    "sm_80": {2: CONFIGS["sm_80"][2], 4: replace(CONFIGS["sm_80"][4], backward=_FP32)},
+    "sm_90": {
+        2: replace(CONFIGS["sm_90"][2], backward_wide=Tiles(64, 32, 64, num_warps=8, num_stages=2, grad_width=512)),
+        4: replace(CONFIGS["sm_90"][4], backward=_FP32),
+    },
     "sm_100": {
         2: replace(CONFIGS["sm_100"][2], backward=Tiles(64, 64, 128, num_warps=8, num_stages=2, grad_width=128)),
-        4: replace(CONFIGS["sm_100"][4], backward=Tiles(32, 32, 32, num_warps=8, num_stages=2, grad_width=128)),
+        4: replace(CONFIGS["sm_100"][4], backward=_FP32),
     },
     "gfx942": {
         2: replace(
@@ -228,24 +235,11 @@ def _softmax(pairs: _Pairs, scale, online: bool, attract: bool):
         return (triton.cdiv(meta["N"], meta["ROWS"]),)
 
     _contrast_fwd_finish_kernel[finish_grid](
-        stats_ptr=stats, partial_ptr=partial, factor_peak_ptr=pairs.y.factor_peak,
-        scale_ptr=scale, lse_ptr=lse, peak_logit_ptr=peak_logit, skipped_logit_ptr=skipped_logit,
-        attraction_ptr=attraction, N=rows, splits=schedule.splits, ATTRACT=attract, D=pairs.dim, ROWS=PAIRS,
-        DEPTH=ROW_DEPTH,
+        stats_ptr=stats, partial_ptr=partial, factor_peak_ptr=pairs.y.factor_peak, scale_ptr=scale, lse_ptr=lse,
+        peak_logit_ptr=peak_logit, skipped_logit_ptr=skipped_logit, attraction_ptr=attraction, N=rows,
+        splits=schedule.splits, ATTRACT=attract, D=pairs.dim, ROWS=PAIRS, DEPTH=ROW_DEPTH,
     )  # fmt: skip
     return lse, peak_logit.clone(), skipped_logit.clone(), attraction
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """What the softmax along one side is worth: weight * exp(|scale| (similarity - base)), in units of a peak."""
-
-    tensor: torch.Tensor  # (N, 2): weight, base
-    used: bool = True
-
-    @staticmethod
-    def none(operand: _Operand) -> _Weights:
-        return _Weights(operand.factor.new_zeros((operand.rows, 2)), used=False)
 
 
 def contrast_bwd(
@@ -264,7 +258,7 @@ def contrast_bwd(
             peak = torch.maximum(peak, torch.linalg.vector_norm(grad_columns, torch.inf))
         row = _weights(grad_rows, lse_rows, peak, scale, bounded)
         if grad_columns is None:
-            column = _Weights.none(pairs.y)
+            column = _no_weights(pairs.y)
         else:
             column = _weights(grad_columns, lse_columns, peak, scale, bounded)
         softmax = {"bias": scale, "sigmoid": False, "bounded": bounded}
@@ -279,7 +273,12 @@ def contrast_bwd(
     return grad_query, grad_key, along.to(scale.dtype)
 
 
-def _weights(grad, lse, peak, scale, bounded: bool) -> _Weights:
+def _no_weights(operand: _Operand) -> torch.Tensor:
+    return operand.factor.new_zeros((operand.rows, 2))
+
+
+def _weights(grad, lse, peak, scale, bounded: bool) -> torch.Tensor:
+    """(N, 2): what the softmax along one side is worth, weight * exp(|scale| (similarity - base)) in units of peak."""
     weights = scale.new_empty((len(lse), 2))
 
     def grid(meta):
@@ -289,23 +288,20 @@ def _weights(grad, lse, peak, scale, bounded: bool) -> _Weights:
         grad_ptr=grad, lse_ptr=lse.contiguous(), peak_ptr=peak, scale_ptr=scale, weights_ptr=weights,
         N=len(lse), stride_grad=grad.stride(0), BOUNDED=bounded, ROWS=128,
     )  # fmt: skip
-    return _Weights(weights)
+    return weights
 
 
-def _gradient(pairs: _Pairs, row: _Weights, column: _Weights, peak, scale, *, bias, sigmoid: bool, bounded: bool):
+def _gradient(pairs: _Pairs, row, column, peak, scale, *, bias, sigmoid: bool, bounded: bool):
     """Of the rows of x in fp32; and unless the roles are swapped, of scale and bias, in fp64."""
     config = _config(pairs)
     tiles = _gradient_tiles(config, pairs.dim)
     schedule = _schedule(pairs, tiles, config.programs, sliced=True)
     partial = scale.new_empty((schedule.splits, pairs.x.rows, pairs.dim))
     sums = scale.new_empty((2, schedule.splits, pairs.x.rows))
-    both = sigmoid or bounded  # where weights of 0 cost nothing
     _contrast_bwd_kernel[schedule.grid](
-        **pairs.arguments(), row_weights_ptr=row.tensor, column_weights_ptr=column.tensor,
-        factor_peak_ptr=pairs.y.factor_peak, weight_peak_ptr=peak, scale_ptr=scale,
-        bias_ptr=bias, grad_ptr=partial, sums_ptr=sums, SIGMOID=sigmoid, BOUNDED=bounded,
-        ROW_TERM=both or row.used, COLUMN_TERM=both or column.used, SWAPPED=pairs.swapped, D=pairs.dim,
-        **schedule.arguments,
+        **pairs.arguments(), row_weights_ptr=row, column_weights_ptr=column, factor_peak_ptr=pairs.y.factor_peak,
+        weight_peak_ptr=peak, scale_ptr=scale, bias_ptr=bias, grad_ptr=partial, sums_ptr=sums, SIGMOID=sigmoid,
+        BOUNDED=bounded, SWAPPED=pairs.swapped, D=pairs.dim, **schedule.arguments,
     )  # fmt: skip
     grad = partial[0] if schedule.splits == 1 else partial.sum(dim=0)
     if pairs.swapped:
@@ -336,7 +332,7 @@ def sigmoid_contrast_bwd(grad_rows, query, key, scale, bias, positive, query_ids
         pairs = _pairs(query, key, positive, query_ids, key_ids, matmul)
         peak = torch.linalg.vector_norm(grad_rows, torch.inf)
         weight = (grad_rows / peak.clamp_min(torch.finfo(torch.float32).tiny)).float()
-        row, column = _Weights(torch.stack([weight, weight], dim=1)), _Weights.none(pairs.y)
+        row, column = torch.stack([weight, weight], dim=1), _no_weights(pairs.y)
         sigmoid = {"bias": bias, "sigmoid": True, "bounded": False}
         grad_query, along, total = _gradient(pairs, row, column, peak, scale, **sigmoid)
         grad_key, _, _ = _gradient(pairs.swap(), column, row, peak, scale, **sigmoid)

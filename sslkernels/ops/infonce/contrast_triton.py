@@ -274,18 +274,13 @@ def _exp2_finite(x):
 
 @triton.jit
 def _softmax_weights(
-    similarity, row_weight, row_base, column_weight, column_base, scale,
-    BOUNDED: tl.constexpr, ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr,
+    similarity, row_weight, row_base, column_weight, column_base, scale, BOUNDED: tl.constexpr
 ):  # fmt: skip
     """What the softmaxes along the rows and along the columns give a pair. With a fixed bound one exp2 serves both."""
     if BOUNDED:
         return tl.exp2(tl.fma(similarity, scale, -scale)) * (row_weight[:, None] + column_weight[None, :])
-    weights = tl.zeros_like(similarity)
-    if ROW_TERM:
-        weights += row_weight[:, None] * _exp2_finite((similarity - row_base[:, None]) * scale)
-    if COLUMN_TERM:
-        weights += column_weight[None, :] * _exp2_finite((similarity - column_base[None, :]) * scale)
-    return weights
+    weights = row_weight[:, None] * _exp2_finite((similarity - row_base[:, None]) * scale)
+    return weights + column_weight[None, :] * _exp2_finite((similarity - column_base[None, :]) * scale)
 
 
 @triton.jit
@@ -300,9 +295,8 @@ def _sigmoid_terms(similarity, scale, bias, apart):
 def _contrast_bwd_kernel(
     x_ptr, x_factor_ptr, row_weights_ptr, y_ptr, y_factor_ptr, column_weights_ptr, factor_peak_ptr, weight_peak_ptr,
     scale_ptr, bias_ptr, skip_ptr, x_ids_ptr, y_ids_ptr, grad_ptr, sums_ptr, N, M, chunk, stride_xn, stride_yn,
-    SIGMOID: tl.constexpr, BOUNDED: tl.constexpr, ROW_TERM: tl.constexpr, COLUMN_TERM: tl.constexpr,
-    SWAPPED: tl.constexpr, SKIPS: tl.constexpr, HAS_IDS: tl.constexpr, TILE: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, GRAD_WIDTH: tl.constexpr,
+    SIGMOID: tl.constexpr, BOUNDED: tl.constexpr, SWAPPED: tl.constexpr, SKIPS: tl.constexpr, HAS_IDS: tl.constexpr,
+    TILE: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, GRAD_WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """grad (splits, N, D) = scale G y over the columns of a split, with G the gradients of the logits.
@@ -340,9 +334,7 @@ def _contrast_bwd_kernel(
             minus_y, x, power = _sigmoid_terms(similarity, scale, bias, apart)
             g = minus_y * tl.where(x >= 0, 1.0, power) / (1 + power) * (row_weight[:, None] + column_weight[None, :])
         else:
-            g = _softmax_weights(
-                similarity, row_weight, row_base, column_weight, column_base, scale, BOUNDED, ROW_TERM, COLUMN_TERM
-            )
+            g = _softmax_weights(similarity, row_weight, row_base, column_weight, column_base, scale, BOUNDED)
             g = tl.where(apart, g, 0.0)
         if not SWAPPED:
             along += tl.sum(g * similarity, 1)
