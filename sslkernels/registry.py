@@ -40,7 +40,7 @@ class Case:
 
     ``make(device, dtype)`` returns the keyword arguments of the public function; every call returns the same values.
     ``tags``: "verify" (a numerics check), "edge" (a corner of the contract), "bench" (worth timing), "aot" (what the
-    Triton kernels are compiled for ahead of time).
+    Triton kernels are compiled for ahead of time), "aot_bf16" (the same without fp16, which bf16 stands for).
     """
 
     name: str

@@ -13,7 +13,7 @@ from sslkernels.ops.infonce import kernels as triton_ops
 from sslkernels.ops.infonce import nt_xent, reference
 from sslkernels.ops.infonce.cases import OPS
 
-SPEC = OPS[0]
+SPEC, DECOUPLED, HARD = OPS[:3]
 # the interpreter takes a second or two for each; the large ones are left to other tests here
 CASES = {case.name: case for case in SPEC.tagged("verify") if case.name not in ("views512_d128", "thousand_columns")}
 IN_16_BITS = ("odd", "three_columns", "tau_0.001", "not_normalized", "zero_rows", "strided")
@@ -26,11 +26,14 @@ def views(pairs, dim, dtype=torch.float32, noise=1.0):
     return [(points + noise * torch.randn(pairs, dim, generator=generator)).to(dtype) for _ in range(2)]
 
 
-def run(ops, z0, z1, tau, *, normalize=True, bounded=True, top1=False, bf16_matmul=False, weight=None):
+def run(
+    ops, z0, z1, tau, *, normalize=True, bounded=True, top1=False, bf16_matmul=False, weight=None, positive_weight=None
+):
     """Everything that both operators return, by name."""
-    loss, logsumexp, positive, hits = ops.nt_xent_fwd(z0, z1, tau, normalize, bounded, top1, bf16_matmul)
+    decoupling = None if positive_weight is None else positive_weight.to(tau)
+    loss, logsumexp, positive, hits = ops.nt_xent_fwd(z0, z1, tau, decoupling, normalize, bounded, top1, bf16_matmul)
     grad_loss = (loss.new_ones(()) / max(len(loss), 1)).expand(len(loss)) if weight is None else weight.to(loss)
-    grads = ops.nt_xent_bwd(grad_loss, z0, z1, tau, loss, logsumexp, normalize, bounded, bf16_matmul)
+    grads = ops.nt_xent_bwd(grad_loss, z0, z1, tau, decoupling, loss, logsumexp, normalize, bounded, bf16_matmul)
     names = ("loss", "logsumexp", "positive", "top1", "grad_z0", "grad_z1", "grad_temperature")
     return dict(zip(names, (loss, logsumexp, positive, hits, *grads), strict=True))
 
@@ -75,6 +78,28 @@ def test_fp32_is_as_exact_as_eager(name, target):
 def test_16_bits_are_as_exact_as_eager(name, target, dtype):
     with interpret(target, order_seed=0):
         assert_op_close(SPEC, CASES[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", [DECOUPLED, HARD], ids=lambda spec: spec.name)
+def test_decoupled_and_hard_negatives_are_as_exact_as_eager(spec, dtype):
+    for case, target in zip(spec.tagged("edge"), cycle(TARGETS), strict=False):
+        with interpret(target, order_seed=0):
+            assert_op_close(spec, case, dtype)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("pairs", [1, 2, 70])
+def test_decoupled_rows_have_weights_of_their_own(pairs, schedule):
+    positive_weight = torch.linspace(-1, 3, 2 * pairs)
+    check(*views(pairs, 20), 0.3, positive_weight=positive_weight, **SCHEDULES[schedule])
+
+
+def test_without_negatives_the_decoupled_loss_is_that_of_the_positive():
+    for options in SCHEDULES.values():
+        actual, _ = interpreted(*views(1, 20), 0.3, positive_weight=torch.tensor([1.0, 2.0]), **options)
+        assert torch.equal(actual["logsumexp"], torch.zeros(2, dtype=torch.float64))
+        torch.testing.assert_close(actual["loss"], -actual["positive"] * torch.tensor([1.0, 2.0]))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -139,7 +164,7 @@ def test_small_losses_keep_their_digits():
     z0, _ = views(40, 64)
     z1 = z0 + 1e-3 * torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     tau = torch.tensor(0.05)
-    exact = reference.nt_xent_fwd(z0.double(), z1.double(), tau.double(), True, True, False, False)[0]
+    exact = reference.nt_xent_fwd(z0.double(), z1.double(), tau.double(), None, True, True, False, False)[0]
     assert exact.min() < 1e-6
     for options in SCHEDULES.values():
         loss = interpreted(z0, z1, 0.05, **options)[0]["loss"]

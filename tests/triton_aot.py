@@ -1,7 +1,7 @@
 """Compiles every Triton kernel for GPUs that need not be here and reads what it costs from the machine code.
 
-``python tests/triton_aot.py`` rewrites tests/triton_resources.md. An op's cases tagged "aot" are what is compiled: the
-public function forward and backward, with the specialisation and the configuration that a launch on the target has.
+``python tests/triton_aot.py`` rewrites tests/triton_resources.md. An op's cases tagged "aot" or "aot_bf16" are what is
+compiled: the public function forward and backward, with the specialisation and the configuration that a launch on the target has.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _merged(rows: Iterable[Resources]) -> list[Resources]:
 def _compile(target: str, dtype: torch.dtype) -> list[Resources]:
     with capture(target) as launches:
         for spec in registry.ops():
-            for case in spec.tagged("aot"):
+            for case in spec.tagged("aot") + spec.tagged("aot_bf16") * (dtype != torch.float16):
                 for _, arguments in numerics.calls(spec, case, dtype, "cpu"):
                     numerics.evaluate(spec.function, arguments, spec.grad_args)
     unique = {launch.compiled.hash: launch for launch in launches}

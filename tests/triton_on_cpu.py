@@ -2,7 +2,8 @@
 
 Inside either context ``kernel[grid](...)`` of an ordinary ``@triton.jit`` kernel works on CPU tensors, without a GPU,
 a driver or TRITON_INTERPRET, and so do our public functions: their operators go to the launchers in the slice's
-``kernels.py``, as they do on a GPU. The interpreter is Triton's own, with what it lacks for a proof:
+``kernels.py`` and ``*_kernels.py``, as they do on a GPU. The interpreter is Triton's own, with what it lacks for a
+proof:
 
 - bfloat16 arithmetic: Triton's interpreter works on the bits as if they were integers;
 - every pointer that is not masked off must lie in a tensor of the launch or, where a kernel reads addresses from a
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import inspect
+import pkgutil
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -160,9 +161,10 @@ class _OnGPU(TorchDispatchMode):
 
 
 def kernel_modules() -> list[types.ModuleType]:
-    """``sslkernels.ops.<slice>.kernels`` of every slice that has one."""
-    names = [f"sslkernels.ops.{name}.kernels" for name in registry.SLICES]
-    return [importlib.import_module(name) for name in names if importlib.util.find_spec(name)]
+    """The modules ``kernels`` and ``*_kernels`` of every slice."""
+    slices = [importlib.import_module(f"sslkernels.ops.{name}") for name in registry.SLICES]
+    found = [(package.__name__, module.name) for package in slices for module in pkgutil.iter_modules(package.__path__)]
+    return [importlib.import_module(f"{package}.{name}") for package, name in found if name.endswith("kernels")]
 
 
 def launchers() -> dict:

@@ -162,7 +162,7 @@ def _sup_con(name, rows, dim, classes, temperature, tags=("verify",), *, unlabel
 
 
 INFO_NCE_CASES = (
-    _info_nce("n256_d128", 256, 128, 0.1, ("verify", "bench", "aot")),
+    _info_nce("n256_d128", 256, 128, 0.1, ("verify", "bench", "aot_bf16")),
     _info_nce("n4096_d128", 4096, 128, 0.1, ("bench",)),
     _info_nce("odd", 101, 123, 0.07, ("verify", "edge")),
     _info_nce("one_column", 37, 1, 0.5, ("verify", "edge")),
@@ -177,7 +177,7 @@ INFO_NCE_CASES = (
     _info_nce("paired", 40, 64, 0.1, ("edge",), negatives=(7,)),
 )
 INFO_NCE_QUEUE_CASES = (
-    _info_nce("n64_k1000_d128", 64, 128, 0.1, ("verify", "bench", "aot"), negatives=1000),
+    _info_nce("n64_k1000_d128", 64, 128, 0.1, ("verify", "bench", "aot_bf16"), negatives=1000),
     _info_nce("n256_k65536_d128", 256, 128, 0.07, ("bench",), negatives=65536),
     _info_nce("odd", 67, 123, 0.2, ("verify", "edge"), negatives=301),
     _info_nce("wide", 33, 700, 0.2, ("verify", "edge"), negatives=130),
@@ -188,8 +188,8 @@ INFO_NCE_QUEUE_CASES = (
     _info_nce("empty_queue", 60, 64, 0.1, ("edge",), negatives=0),
 )
 CLIP_CASES = (
-    _clip("n256_d128", 256, 256, 128, 14.0, tags=("verify", "bench", "aot")),
-    _clip("n256_d512_scale100", 256, 256, 512, 100.0, noise=4.0),
+    _clip("n256_d128", 256, 256, 128, 14.0, tags=("verify", "bench", "aot_bf16")),
+    _clip("n256_d512_scale100", 256, 256, 512, 100.0, tags=("verify", "aot_bf16"), noise=4.0),
     _clip("n4096_d512", 4096, 4096, 512, 100.0, tags=("bench",), noise=4.0),
     _clip("rectangular", 70, 131, 64, 10.0, -3.0, tags=("verify", "edge")),
     _clip("tall", 131, 70, 33, 20.0, tags=("verify", "edge"), reduction="none"),
@@ -200,7 +200,7 @@ CLIP_CASES = (
     _clip("no_pair", 0, 5, 64, 10.0, tags=("edge",)),
 )
 SIGMOID_CASES = (
-    _clip("n256_d128", 256, 256, 128, 10.0, -10.0, tags=("verify", "bench", "aot")),
+    _clip("n256_d128", 256, 256, 128, 10.0, -10.0, tags=("verify", "bench", "aot_bf16")),
     _clip("n4096_d512", 4096, 4096, 512, 10.0, -10.0, tags=("bench",)),
     _clip("rectangular", 70, 131, 33, 100.0, -3.0, tags=("verify", "edge"), reduction="none"),
     _clip("many_positives", 90, 77, 64, 10.0, -2.0, tags=("verify", "edge"), ids="positive_ids", normalize=True),
@@ -208,7 +208,7 @@ SIGMOID_CASES = (
     _clip("no_pair", 0, 5, 64, 10.0, -10.0, tags=("edge",)),
 )
 SUP_CON_CASES = (
-    _sup_con("n256_d128", 256, 128, 10, 0.1, ("verify", "bench", "aot")),
+    _sup_con("n256_d128", 256, 128, 10, 0.1, ("verify", "bench", "aot_bf16")),
     _sup_con("n4096_d128", 4096, 128, 100, 0.1, ("bench",)),
     _sup_con("odd", 101, 123, 7, 0.3, ("verify", "edge"), unlabelled=20),
     _sup_con("lonely", 60, 64, 200, 0.5, ("verify", "edge"), reduction="none"),

@@ -45,6 +45,7 @@ class Config:
     rows: Tiles
     backward: Tiles  # up to its grad_width columns
     backward_wide: Tiles  # beyond; more than its grad_width columns cost one more computation of the logits each time
+    programs: int  # that keep the family's largest part busy, one for each multiprocessor
 
 
 # by element size of the tiles: fp32 runs on the FMA units of NVIDIA's GPUs, 16 bits on the tensor cores
@@ -55,12 +56,14 @@ CONFIGS = {
             rows=Tiles(128, 64, 64, num_warps=8, num_stages=3),
             backward=Tiles(64, 64, 128, num_warps=8, num_stages=2, grad_width=128),
             backward_wide=Tiles(64, 32, 64, num_warps=8, num_stages=2, grad_width=512),
+            programs=108,
         ),
         4: Config(
             triangle=Tiles(128, 128, 16, num_warps=8, num_stages=3),
             rows=Tiles(128, 64, 16, num_warps=8, num_stages=3),
             backward=Tiles(64, 32, 32, num_warps=8, num_stages=2, grad_width=128),
             backward_wide=Tiles(64, 32, 32, num_warps=8, num_stages=2, grad_width=256),
+            programs=108,
         ),
     },
     "sm_90": {
@@ -69,12 +72,14 @@ CONFIGS = {
             rows=Tiles(128, 128, 128, num_warps=8, num_stages=3),
             backward=Tiles(128, 64, 128, num_warps=8, num_stages=3, grad_width=128),
             backward_wide=Tiles(64, 64, 64, num_warps=8, num_stages=2, grad_width=512),
+            programs=132,
         ),
         4: Config(
             triangle=Tiles(128, 128, 16, num_warps=8, num_stages=3),
             rows=Tiles(128, 64, 16, num_warps=8, num_stages=3),
             backward=Tiles(64, 32, 32, num_warps=8, num_stages=2, grad_width=128),
             backward_wide=Tiles(64, 32, 32, num_warps=8, num_stages=2, grad_width=256),
+            programs=132,
         ),
     },
     "sm_100": {
@@ -83,12 +88,14 @@ CONFIGS = {
             rows=Tiles(128, 64, 128, num_warps=8, num_stages=3),
             backward=Tiles(128, 64, 128, num_warps=8, num_stages=3, grad_width=128),
             backward_wide=Tiles(64, 64, 64, num_warps=8, num_stages=2, grad_width=512),
+            programs=148,
         ),
         4: Config(
             triangle=Tiles(128, 128, 16, num_warps=8, num_stages=3),
             rows=Tiles(128, 64, 16, num_warps=8, num_stages=3),
             backward=Tiles(64, 32, 32, num_warps=8, num_stages=2, grad_width=128),
             backward_wide=Tiles(64, 32, 32, num_warps=8, num_stages=2, grad_width=256),
+            programs=148,
         ),
     },
     "gfx942": {
@@ -97,12 +104,14 @@ CONFIGS = {
             rows=Tiles(128, 64, 64, num_warps=8, num_stages=2),
             backward=Tiles(128, 64, 64, num_warps=8, num_stages=2, grad_width=128),
             backward_wide=Tiles(32, 32, 64, num_warps=8, num_stages=2, grad_width=512),
+            programs=304,
         ),
         4: Config(
             triangle=Tiles(64, 64, 32, num_warps=8, num_stages=2),
             rows=Tiles(64, 64, 32, num_warps=8, num_stages=2),
             backward=Tiles(64, 32, 32, num_warps=8, num_stages=2, grad_width=128),
             backward_wide=Tiles(64, 32, 32, num_warps=8, num_stages=2, grad_width=256),
+            programs=304,
         ),
     },
 }
@@ -111,12 +120,12 @@ PAIRS = 16
 ROW_DEPTH = 64
 
 
-def _config(itemsize: int) -> Config:
+def config_of(itemsize: int, configs: dict[str, dict[int, Config]] = CONFIGS) -> Config:
     """What the current device runs; GPUs of other families get sm_80's, which also fits their shared memory."""
     target = driver.active.get_current_target()
     if target.backend == "hip":
-        return CONFIGS["gfx942"][itemsize]
-    return CONFIGS[{9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")][itemsize]
+        return configs["gfx942"][itemsize]
+    return configs[{9: "sm_90", 10: "sm_100"}.get(target.arch // 10, "sm_80")][itemsize]
 
 
 @dataclass(frozen=True)
@@ -160,17 +169,18 @@ def _strides(z0, z1) -> dict[str, int]:
     }
 
 
-def nt_xent_fwd(z0, z1, temperature, normalize, bounded, top1, bf16_matmul):
+def nt_xent_fwd(z0, z1, temperature, positive_weight, normalize, bounded, top1, bf16_matmul):
     """``sslkernels::nt_xent_fwd`` on a GPU: half the tiles and atomic sums where that is allowed, else all tiles."""
     if z0.shape[0] == 0 or z0.dtype == torch.float64:
-        return reference.nt_xent_fwd(z0, z1, temperature, normalize, bounded, top1, bf16_matmul)
+        return reference.nt_xent_fwd(z0, z1, temperature, positive_weight, normalize, bounded, top1, bf16_matmul)
     triangle = bounded and not top1 and not torch.are_deterministic_algorithms_enabled()
     loss = temperature.new_empty(2 * z0.shape[0])
     positive, logsumexp = torch.empty_like(loss), torch.empty_like(loss, dtype=torch.float64)
     outputs = {"loss_ptr": loss, "logsumexp_ptr": logsumexp, "positive_ptr": positive}
+    outputs |= _decoupling(positive_weight, temperature)
     top1_hit = z0.new_empty(0 if triangle else len(loss), dtype=torch.bool)
     with torch.cuda.device_of(z0):
-        config = _config(2 if bf16_matmul else z0.element_size())
+        config = config_of(2 if bf16_matmul else z0.element_size())
         if triangle:
             packed = _pack(z0, z1, normalize, bf16_matmul, config.triangle)
             _launch_triangle(packed, temperature, outputs, config.triangle)
@@ -178,6 +188,13 @@ def nt_xent_fwd(z0, z1, temperature, normalize, bounded, top1, bf16_matmul):
             packed = _pack(z0, z1, normalize, bf16_matmul, config.rows)
             _launch_rows(packed, temperature, outputs | {"top1_ptr": top1_hit}, config.rows)
     return loss, logsumexp, positive, top1_hit if top1 else top1_hit.new_empty(0)
+
+
+def _decoupling(positive_weight, temperature) -> dict:
+    """Kernel arguments; where there is no weight a pointer that is not read."""
+    decoupled = positive_weight is not None
+    weight = positive_weight.contiguous() if decoupled else temperature
+    return {"positive_weight_ptr": weight, "decoupled": int(decoupled)}
 
 
 def _launch_triangle(packed: _Packed, temperature, outputs: dict, tiles: Tiles) -> None:
@@ -211,14 +228,18 @@ def _launch_rows(packed: _Packed, temperature, outputs: dict, tiles: Tiles) -> N
     )  # fmt: skip
 
 
-def nt_xent_bwd(grad_loss, z0, z1, temperature, loss, logsumexp, normalize, bounded, bf16_matmul):
+def nt_xent_bwd(
+    grad_loss, z0, z1, temperature, positive_weight, loss, logsumexp, normalize, bounded, bf16_matmul
+):  # fmt: skip
     """``sslkernels::nt_xent_bwd`` on a GPU: every program owns rows of the gradient, so there are no atomics."""
     if z0.shape[0] == 0 or z0.dtype == torch.float64:
-        return reference.nt_xent_bwd(grad_loss, z0, z1, temperature, loss, logsumexp, normalize, bounded, bf16_matmul)
+        return reference.nt_xent_bwd(
+            grad_loss, z0, z1, temperature, positive_weight, loss, logsumexp, normalize, bounded, bf16_matmul
+        )
     grad_z0, grad_z1 = z0.new_empty(z0.shape), z1.new_empty(z1.shape)
     along = temperature.new_empty(2 * z0.shape[0])
     with torch.cuda.device_of(z0):
-        config = _config(2 if bf16_matmul else z0.element_size())
+        config = config_of(2 if bf16_matmul else z0.element_size())
         tiles = config.backward if z0.shape[1] <= config.backward.grad_width else config.backward_wide
         packed = _pack(z0, z1, normalize, bf16_matmul, tiles)
         peak = torch.linalg.vector_norm(grad_loss, torch.inf)
@@ -232,7 +253,7 @@ def nt_xent_bwd(grad_loss, z0, z1, temperature, loss, logsumexp, normalize, boun
             temperature_ptr=temperature, grad_loss_ptr=grad_loss, peak_ptr=peak, loss_ptr=loss.contiguous(),
             logsumexp_ptr=logsumexp.contiguous(), weight_ptr=weight, shift_ptr=shift, pull_ptr=pull,
             N=packed.sizes["N"], padded=packed.sizes["padded"], stride_grad_loss=grad_loss.stride(0),
-            BOUNDED=bounded, ROWS=tiles.block,
+            **_decoupling(positive_weight, temperature), BOUNDED=bounded, ROWS=tiles.block,
         )  # fmt: skip
 
         def grid(meta):

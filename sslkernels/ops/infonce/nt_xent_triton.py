@@ -15,23 +15,16 @@ Row r of the 2 * padded packed rows is row r of z0, or row r - padded of z1.
 import triton
 import triton.language as tl
 
-from sslkernels.ops.infonce import reference
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-EPS = tl.constexpr(reference.NORMALIZE_EPS)
-# a gradient tile G holds up to 2 * TILE_SCALE, within fp16; probabilities down to 2^-28 stay normal numbers there
-TILE_SCALE = tl.constexpr(2.0**14)
-MIN_NORMAL = tl.constexpr(2.0**-126)
-
-
-@triton.jit
-def _log1p(x):
-    """log(1 + x) for x in [0, 1]; the hardware's logarithm has no relative accuracy near 1."""
-    s = x / (2 + x)
-    q = s * s
-    series = 1 / 9 + q * (1 / 11 + q * (1 / 13 + q * (1 / 15 + q / 17)))
-    return 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series))))
+from sslkernels.ops.infonce.shared_triton import (
+    EPS,
+    LN_2,
+    LOG2_E,
+    MIN_NORMAL,
+    TILE_SCALE,
+    _load_rows,
+    _log1p,
+    _row_scales,
+)
 
 
 @triton.jit
@@ -50,56 +43,26 @@ def _scale(temperature_ptr):
 
 @triton.jit
 def _store_rows(
-    similarity, sums, shift, scale, sign, temperature_ptr, index, mask, loss_ptr, logsumexp_ptr, positive_ptr
-):
+    similarity, sums, shift, scale, sign, temperature_ptr, positive_weight_ptr, decoupled, index, mask,
+    loss_ptr, logsumexp_ptr, positive_ptr,
+):  # fmt: skip
     """The outputs of rows whose negatives' exp2(logit - shift) have these sums.
 
     In fp64, since a loss is the difference of logits that may be much larger.
     """
     positive = similarity.to(tl.float64) * (sign * scale)
-    excess = (shift - positive + tl.log2(sums)) * LN_2
+    negatives = shift.to(tl.float64) + tl.log2(sums)
+    excess = (negatives - positive) * LN_2
     loss = tl.maximum(excess, 0.0) + _log1p(tl.exp(-tl.abs(excess.to(tl.float32))))
+    logsumexp = positive * LN_2 + loss
+    if decoupled:
+        weight = tl.load(positive_weight_ptr + index, mask=mask, other=0.0)
+        negatives = tl.where(sums > 0, negatives, 0.0)
+        loss = (negatives - weight * positive) * LN_2
+        logsumexp = negatives * LN_2
     tl.store(loss_ptr + index, loss.to(tl.float32), mask=mask)
-    tl.store(logsumexp_ptr + index, positive * LN_2 + loss, mask=mask)
+    tl.store(logsumexp_ptr + index, logsumexp, mask=mask)
     tl.store(positive_ptr + index, similarity / tl.load(temperature_ptr), mask=mask)
-
-
-@triton.jit
-def _load_rows(x_ptr, rows, d, stride_xn, stride_xd, N, D):
-    """(ROWS, DEPTH) of x in fp32, zeros outside."""
-    offsets = rows[:, None] * stride_xn + d.to(tl.int64)[None, :] * stride_xd
-    mask = (rows < N)[:, None] & (d < D)[None, :]
-    return tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _row_scales(
-    x_ptr, rows, stride_xn, stride_xd, N, D, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr
-):
-    """shrink: a power of two that brings the row's largest element to [1, 2). z = x * shrink * multiplier.
-
-    inverse_norm: 1 / max(|x|, EPS).
-    """
-    if not NORMALIZE:
-        one = tl.full((ROWS,), 1.0, tl.float32)
-        return one, one, one
-    largest = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, D, DEPTH):
-        x = _load_rows(x_ptr, rows, start + tl.arange(0, DEPTH), stride_xn, stride_xd, N, D)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
-    exponent = tl.minimum(tl.maximum(exponent, 1 << 23), 252 << 23)  # the inverse, too, is a normal number
-    grow = exponent.to(tl.float32, bitcast=True)
-    shrink = ((254 << 23) - exponent).to(tl.float32, bitcast=True)
-    squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, D, DEPTH):
-        x = _load_rows(x_ptr, rows, start + tl.arange(0, DEPTH), stride_xn, stride_xd, N, D) * shrink[:, None]
-        squares += tl.sum(x * x, 1)
-    norm = tl.sqrt_rn(squares)
-    regular = norm * grow > EPS
-    multiplier = tl.where(regular, tl.div_rn(1.0, norm), grow * (1 / EPS))
-    inverse_norm = tl.where(regular, tl.div_rn(shrink, norm), 1 / EPS)
-    return shrink, multiplier, inverse_norm
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -186,10 +149,11 @@ def _nt_xent_fwd_triangle_kernel(
         tl.atomic_add(sums_ptr + column_start + offsets, tl.sum(terms, 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "decoupled"])
 def _nt_xent_fwd_finish_kernel(
-    sums_ptr, similarity_ptr, temperature_ptr, loss_ptr, logsumexp_ptr, positive_ptr, N, padded, ROWS: tl.constexpr
-):
+    sums_ptr, similarity_ptr, temperature_ptr, positive_weight_ptr, loss_ptr, logsumexp_ptr, positive_ptr,
+    N, padded, decoupled, ROWS: tl.constexpr,
+):  # fmt: skip
     """The (2N,) outputs from the sums of the triangle."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < 2 * N
@@ -198,13 +162,15 @@ def _nt_xent_fwd_finish_kernel(
     similarity = tl.load(similarity_ptr + rows - tl.where(second, N, 0), mask=mask, other=0.0)
     scale, sign = _scale(temperature_ptr)
     _store_rows(
-        similarity, sums, scale, scale, sign, temperature_ptr, rows, mask, loss_ptr, logsumexp_ptr, positive_ptr
-    )
+        similarity, sums, scale, scale, sign, temperature_ptr, positive_weight_ptr, decoupled, rows, mask,
+        loss_ptr, logsumexp_ptr, positive_ptr,
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "decoupled"])
 def _nt_xent_fwd_rows_kernel(
-    packed_ptr, multiplier_ptr, temperature_ptr, loss_ptr, logsumexp_ptr, positive_ptr, top1_ptr, N, padded,
+    packed_ptr, multiplier_ptr, temperature_ptr, positive_weight_ptr, loss_ptr, logsumexp_ptr, positive_ptr, top1_ptr,
+    N, padded, decoupled,
     D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The (2N,) outputs, one program for ROWS of them, with a running maximum: any temperature, deterministic."""
@@ -245,15 +211,16 @@ def _nt_xent_fwd_rows_kernel(
     index = rows + tl.where(row_start < padded, 0, N)
     shift = tl.where(peak == -float("inf"), 0.0, peak).to(tl.float64) * scale
     _store_rows(
-        positive * sign, sums, shift, scale, sign, temperature_ptr, index, mask, loss_ptr, logsumexp_ptr, positive_ptr
-    )
+        positive * sign, sums, shift, scale, sign, temperature_ptr, positive_weight_ptr, decoupled, index, mask,
+        loss_ptr, logsumexp_ptr, positive_ptr,
+    )  # fmt: skip
     tl.store(top1_ptr + index, positive > peak, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "decoupled"])
 def _nt_xent_bwd_weights_kernel(
-    temperature_ptr, grad_loss_ptr, peak_ptr, loss_ptr, logsumexp_ptr, weight_ptr, shift_ptr, pull_ptr, N, padded,
-    stride_grad_loss, BOUNDED: tl.constexpr, ROWS: tl.constexpr,
+    temperature_ptr, positive_weight_ptr, grad_loss_ptr, peak_ptr, loss_ptr, logsumexp_ptr,
+    weight_ptr, shift_ptr, pull_ptr, N, padded, decoupled, stride_grad_loss, BOUNDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """weight and shift (2, padded): weight_i exp2(logit - shift_i) is row i's share of dL/dlogit, in units of the peak.
 
@@ -268,7 +235,10 @@ def _nt_xent_bwd_weights_kernel(
     for view in tl.static_range(2):
         index = rows + view * N
         grad_loss = tl.load(grad_loss_ptr + index * stride_grad_loss, mask=mask, other=0.0)
-        pull += grad_loss * _one_minus_exp(tl.load(loss_ptr + index, mask=mask, other=0.0))
+        share = _one_minus_exp(tl.load(loss_ptr + index, mask=mask, other=0.0))
+        if decoupled:
+            share = tl.load(positive_weight_ptr + index, mask=mask, other=0.0)
+        pull += grad_loss * share
         logsumexp = tl.load(logsumexp_ptr + index, mask=mask, other=0.0) * LOG2_E  # fp64
         shift = tl.zeros((ROWS,), tl.float32) + scale if BOUNDED else logsumexp.to(tl.float32)
         weight = grad_loss / peak * tl.exp2((shift - logsumexp).to(tl.float32))

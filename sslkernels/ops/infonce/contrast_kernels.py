@@ -1,0 +1,339 @@
+"""Launches the Triton kernels of the contrastive core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from sslkernels.ops.infonce import contrast_reference as reference
+from sslkernels.ops.infonce.contrast_triton import (
+    _contrast_bwd_kernel,
+    _contrast_bwd_weights_kernel,
+    _contrast_fwd_finish_kernel,
+    _contrast_fwd_kernel,
+    _contrast_pack_kernel,
+    _sigmoid_contrast_fwd_kernel,
+)
+from sslkernels.ops.infonce.kernels import CONFIGS, PAIRS, ROW_DEPTH, Config, Tiles, config_of
+
+# as for nt_xent, but for tiles that leave no registers for the vectors and masks there are besides. On gfx942 scalar
+# registers hold the masks: what a loop fetches ahead must not need them too
+_FP32 = Tiles(64, 64, 16, num_warps=8, num_stages=2, grad_width=128)
+CONTRAST_CONFIGS = {
+    "sm_80": {2: CONFIGS["sm_80"][2], 4: replace(CONFIGS["sm_80"][4], backward=_FP32)},
+    "sm_90": {
+        2: replace(CONFIGS["sm_90"][2], backward_wide=Tiles(64, 32, 64, num_warps=8, num_stages=2, grad_width=512)),
+        4: replace(CONFIGS["sm_90"][4], backward=_FP32),
+    },
+    "sm_100": {
+        2: replace(CONFIGS["sm_100"][2], backward=Tiles(64, 64, 128, num_warps=8, num_stages=2, grad_width=128)),
+        4: replace(CONFIGS["sm_100"][4], backward=_FP32),
+    },
+    "gfx942": {
+        2: replace(
+            CONFIGS["gfx942"][2],
+            rows=Tiles(128, 64, 128, num_warps=8, num_stages=1),
+            backward=Tiles(128, 64, 64, num_warps=8, num_stages=1, grad_width=128),
+            backward_wide=Tiles(32, 32, 64, num_warps=8, num_stages=1, grad_width=512),
+        ),
+        4: replace(
+            CONFIGS["gfx942"][4],
+            rows=Tiles(64, 64, 64, num_warps=8, num_stages=1),
+            backward=Tiles(64, 32, 64, num_warps=8, num_stages=1, grad_width=128),
+        ),
+    },
+}
+# what operands may be rounded to, by the operators' argument matmul
+TILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TILE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+ALIGNMENT = 16  # elements to which packed rows are padded
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Rows as the tile kernels read them: z = data * factor."""
+
+    data: torch.Tensor  # (N, D), or (N, width) padded with zeros
+    factor: torch.Tensor  # (N,)
+    factor_peak: torch.Tensor  # (), the largest
+
+    @property
+    def rows(self) -> int:
+        return self.data.shape[0]
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The two sides of every tile: x gives its rows and y its columns; and which pairs stand apart."""
+
+    x: _Operand
+    y: _Operand
+    x_ids: torch.Tensor | None
+    y_ids: torch.Tensor | None
+    skip: torch.Tensor | None  # (queries, S) int32
+    dim: int
+    dtype: torch.dtype  # of the tiles
+    swapped: bool = False  # the queries are y
+
+    def swap(self) -> _Pairs:
+        return _Pairs(self.y, self.x, self.y_ids, self.x_ids, self.skip, self.dim, self.dtype, not self.swapped)
+
+    def arguments(self) -> dict:
+        """Of every tile kernel. Pointers that are not read stand where there is nothing to point to."""
+        has_ids, none = self.x_ids is not None, self.x.factor
+        return {
+            "x_ptr": self.x.data,
+            "x_factor_ptr": self.x.factor,
+            "y_ptr": self.y.data,
+            "y_factor_ptr": self.y.factor,
+            "skip_ptr": none if self.skip is None else self.skip,
+            "x_ids_ptr": self.x_ids if has_ids else none,
+            "y_ids_ptr": self.y_ids if has_ids else none,
+            "N": self.x.rows,
+            "M": self.y.rows,
+            "stride_xn": self.x.data.stride(0),
+            "stride_yn": self.y.data.stride(0),
+            "SKIPS": 0 if self.skip is None else self.skip.shape[1],
+            "HAS_IDS": has_ids,
+            "TILE": TILE[self.dtype],
+            "WIDTH": min(self.x.data.shape[1], self.y.data.shape[1]),
+        }
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Who works on what: programs in three dimensions, blocks of rows, splits of the columns, slices of the width."""
+
+    grid: tuple[int, int, int]
+    arguments: dict
+
+    @property
+    def splits(self) -> int:
+        return self.grid[1]
+
+
+def _schedule(pairs: _Pairs, tiles: Tiles, programs: int, *, sliced: bool) -> _Schedule:
+    """Split the columns until there are about so many programs; a partial result has one of its tiles in each."""
+    narrow = max(16, triton.next_power_of_2(pairs.dim))
+    width = min(tiles.grad_width, narrow)
+    slices = triton.cdiv(pairs.dim, width) if sliced else 1
+    blocks, steps = triton.cdiv(pairs.x.rows, tiles.rows), triton.cdiv(pairs.y.rows, tiles.columns)
+    steps_each = triton.cdiv(steps, min(steps, max(1, programs // (blocks * slices))))
+    arguments = {
+        "chunk": steps_each * tiles.columns,
+        "ROWS": tiles.rows,
+        "COLUMNS": tiles.columns,
+        "DEPTH": min(tiles.depth, narrow),
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    if sliced:
+        arguments["GRAD_WIDTH"] = width
+    return _Schedule((blocks, triton.cdiv(steps, steps_each), slices), arguments)
+
+
+def _operand(x: torch.Tensor, dtype: torch.dtype, normalize: bool = False) -> _Operand:
+    """``x`` where it lies if it has the tiles' dtype or widens to it, otherwise a copy in the tiles' dtype.
+
+    So a queue is never copied, but for one that is rounded to 16 bits, which takes as many bytes as its rounded rows,
+    and for one in fp16: lengths of its rows may differ by more than an fp16 tile of weights can follow.
+    """
+    rows, dim = x.shape
+    exact = torch.promote_types(x.dtype, dtype) == dtype and not (normalize and dtype == torch.float16)
+    in_place = exact and (x.stride(1) == 1 or dim == 1)
+    if in_place and not normalize:
+        factor = torch.ones(rows, dtype=torch.float32, device=x.device)
+        return _Operand(x, factor, factor[0])
+    factor = x.new_empty(rows, dtype=torch.float32)
+    width = dim if in_place else triton.cdiv(dim, ALIGNMENT) * ALIGNMENT
+    data = x if in_place else x.new_empty((rows, width), dtype=dtype)
+
+    def grid(meta):
+        return (triton.cdiv(meta["N"], meta["ROWS"]),)
+
+    _contrast_pack_kernel[grid](
+        x_ptr=x, packed_ptr=data, factor_ptr=factor, N=rows, stride_xn=x.stride(0), stride_xd=x.stride(1),
+        PACK=not in_place, NORMALIZE=normalize, D=dim, WIDTH=width, ROWS=PAIRS,
+        DEPTH=min(ROW_DEPTH, max(16, triton.next_power_of_2(dim))),
+    )  # fmt: skip
+    return _Operand(data, factor, factor.amax())
+
+
+def _pairs(query, key, skip, query_ids, key_ids, matmul: int, normalize_key: bool = False) -> _Pairs:
+    dtype = TILE_DTYPES[matmul]
+    x = _operand(query, dtype)
+    if key is None:
+        own = torch.arange(len(query), device=query.device)[:, None]
+        skip = own if skip is None else torch.cat([skip, own], dim=1)
+        y = _operand(query, dtype, True) if normalize_key else x
+    else:
+        y = _operand(key, dtype, normalize_key)
+    if skip is not None:  # in 32 bits, -1 for every column that does not exist
+        skip = torch.where(skip < y.rows, skip, -1).clamp_min(-1).to(torch.int32) if skip.shape[1] else None
+    ids = (None, None) if query_ids is None else (query_ids.contiguous(), key_ids.contiguous())
+    return _Pairs(x, y, *ids, skip, query.shape[1], dtype)
+
+
+def _on_definition(query, key) -> bool:
+    """Whether there is nothing to do, or fp64 to do it in."""
+    sides = (query,) if key is None else (query, key)
+    return any(side.numel() == 0 or side.dtype == torch.float64 for side in sides)
+
+
+def _config(pairs: _Pairs) -> Config:
+    return config_of(pairs.dtype.itemsize, CONTRAST_CONFIGS)
+
+
+def _gradient_tiles(config: Config, dim: int) -> Tiles:
+    return config.backward if dim <= config.backward.grad_width else config.backward_wide
+
+
+def contrast_fwd(
+    query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul
+):
+    """``sslkernels::contrast_fwd`` on a GPU."""
+    if _on_definition(query, key):
+        return reference.contrast_fwd(
+            query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul
+        )
+    none = query.new_empty(0)
+    with torch.cuda.device_of(query):
+        pairs = _pairs(query, key, skip, query_ids, key_ids, matmul, normalize_key)
+        online = peaks or not bounded
+        lse_rows, peak_rows, skipped, attraction = _softmax(pairs, scale, online, attract)
+        lse_columns, peak_columns = none.double(), none
+        if columns:
+            lse_columns, peak_columns, _, _ = _softmax(pairs.swap(), scale, online, False)
+    if not peaks:
+        peak_rows, peak_columns, skipped = none, none.clone(), none.clone()
+    elif skip is None or not skip.shape[1]:
+        skipped = torch.full_like(skipped, -torch.inf)
+    return lse_rows, lse_columns, peak_rows, peak_columns, skipped, attraction
+
+
+def _softmax(pairs: _Pairs, scale, online: bool, attract: bool):
+    """Of the rows of x: log-sum-exp in fp64, largest logit, logit of the first skipped column, and attraction."""
+    config = _config(pairs)
+    tiles = _gradient_tiles(config, pairs.dim) if attract else config.rows
+    schedule = _schedule(pairs, tiles, config.programs, sliced=attract)
+    rows = pairs.x.rows
+    stats = scale.new_empty((schedule.splits, 3, rows))
+    partial = scale.new_empty((schedule.splits, rows, pairs.dim) if attract else (0, 0, 0))
+    _contrast_fwd_kernel[schedule.grid](
+        **pairs.arguments(), factor_peak_ptr=pairs.y.factor_peak, scale_ptr=scale, stats_ptr=stats,
+        attraction_ptr=partial, BOUNDED=not online, ATTRACT=attract, SWAPPED=pairs.swapped,
+        D=pairs.dim, **{"GRAD_WIDTH": 1} | schedule.arguments,
+    )  # fmt: skip
+    lse = scale.new_empty(rows, dtype=torch.float64)
+    peak_logit, skipped_logit = scale.new_empty((2, rows))
+    attraction = scale.new_empty((rows, pairs.dim) if attract else (0, 0))
+
+    def finish_grid(meta):
+        return (triton.cdiv(meta["N"], meta["ROWS"]),)
+
+    _contrast_fwd_finish_kernel[finish_grid](
+        stats_ptr=stats, partial_ptr=partial, factor_peak_ptr=pairs.y.factor_peak, scale_ptr=scale, lse_ptr=lse,
+        peak_logit_ptr=peak_logit, skipped_logit_ptr=skipped_logit, attraction_ptr=attraction, N=rows,
+        splits=schedule.splits, ATTRACT=attract, D=pairs.dim, ROWS=PAIRS, DEPTH=ROW_DEPTH,
+    )  # fmt: skip
+    return lse, peak_logit.clone(), skipped_logit.clone(), attraction
+
+
+def contrast_bwd(
+    grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, skip, query_ids, key_ids, unit, bounded, matmul
+):
+    """``sslkernels::contrast_bwd`` on a GPU: every program owns rows of a gradient, so there are no atomics."""
+    if _on_definition(query, key):
+        return reference.contrast_bwd(
+            grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, skip, query_ids, key_ids,
+            unit, bounded, matmul,
+        )  # fmt: skip
+    with torch.cuda.device_of(query):
+        pairs = _pairs(query, key, skip, query_ids, key_ids, matmul)
+        peak = torch.linalg.vector_norm(grad_rows, torch.inf)
+        if grad_columns is not None:
+            peak = torch.maximum(peak, torch.linalg.vector_norm(grad_columns, torch.inf))
+        row = _weights(grad_rows, lse_rows, peak, scale, bounded)
+        if grad_columns is None:
+            column = _no_weights(pairs.y)
+        else:
+            column = _weights(grad_columns, lse_columns, peak, scale, bounded)
+        softmax = {"bias": scale, "sigmoid": False, "bounded": bounded}
+        if key is None and skip is None and query_ids is None and grad_columns is None:
+            # a pair takes part in both orders or in none: one pass forms what both rows owe it
+            grad, along, _ = _gradient(pairs, row, row, peak, scale, **softmax)
+            return grad, query.new_empty(0, 0), (along / 2).to(scale.dtype)
+        grad_query, along, _ = _gradient(pairs, row, column, peak, scale, **softmax)
+        grad_key, _, _ = _gradient(pairs.swap(), column, row, peak, scale, **softmax)
+        if key is None:
+            grad_query, grad_key = grad_query + grad_key, query.new_empty(0, 0)
+    return grad_query, grad_key, along.to(scale.dtype)
+
+
+def _no_weights(operand: _Operand) -> torch.Tensor:
+    return operand.factor.new_zeros((operand.rows, 2))
+
+
+def _weights(grad, lse, peak, scale, bounded: bool) -> torch.Tensor:
+    """(N, 2): what the softmax along one side is worth, weight * exp(|scale| (similarity - base)) in units of peak."""
+    weights = scale.new_empty((len(lse), 2))
+
+    def grid(meta):
+        return (triton.cdiv(meta["N"], meta["ROWS"]),)
+
+    _contrast_bwd_weights_kernel[grid](
+        grad_ptr=grad, lse_ptr=lse.contiguous(), peak_ptr=peak, scale_ptr=scale, weights_ptr=weights,
+        N=len(lse), stride_grad=grad.stride(0), BOUNDED=bounded, ROWS=128,
+    )  # fmt: skip
+    return weights
+
+
+def _gradient(pairs: _Pairs, row, column, peak, scale, *, bias, sigmoid: bool, bounded: bool):
+    """Of the rows of x in fp32; and unless the roles are swapped, of scale and bias, in fp64."""
+    config = _config(pairs)
+    tiles = _gradient_tiles(config, pairs.dim)
+    schedule = _schedule(pairs, tiles, config.programs, sliced=True)
+    partial = scale.new_empty((schedule.splits, pairs.x.rows, pairs.dim))
+    sums = scale.new_empty((2, schedule.splits, pairs.x.rows))
+    _contrast_bwd_kernel[schedule.grid](
+        **pairs.arguments(), row_weights_ptr=row, column_weights_ptr=column, factor_peak_ptr=pairs.y.factor_peak,
+        weight_peak_ptr=peak, scale_ptr=scale, bias_ptr=bias, grad_ptr=partial, sums_ptr=sums, SIGMOID=sigmoid,
+        BOUNDED=bounded, SWAPPED=pairs.swapped, D=pairs.dim, **schedule.arguments,
+    )  # fmt: skip
+    grad = partial[0] if schedule.splits == 1 else partial.sum(dim=0)
+    if pairs.swapped:
+        return grad, None, None
+    return grad, sums[0].sum(dtype=torch.float64), sums[1].sum(dtype=torch.float64) if sigmoid else None
+
+
+def sigmoid_contrast_fwd(query, key, scale, bias, positive, query_ids, key_ids, matmul):
+    """``sslkernels::sigmoid_contrast_fwd`` on a GPU."""
+    if _on_definition(query, key):
+        return reference.sigmoid_contrast_fwd(query, key, scale, bias, positive, query_ids, key_ids, matmul)
+    with torch.cuda.device_of(query):
+        pairs = _pairs(query, key, positive, query_ids, key_ids, matmul)
+        config = _config(pairs)
+        schedule = _schedule(pairs, config.rows, config.programs, sliced=False)
+        loss = scale.new_empty((schedule.splits, len(query)), dtype=torch.float64)
+        _sigmoid_contrast_fwd_kernel[schedule.grid](
+            **pairs.arguments(), scale_ptr=scale, bias_ptr=bias, loss_ptr=loss, **schedule.arguments
+        )
+        return loss.sum(dim=0)
+
+
+def sigmoid_contrast_bwd(grad_rows, query, key, scale, bias, positive, query_ids, key_ids, matmul):
+    """``sslkernels::sigmoid_contrast_bwd`` on a GPU: as `contrast_bwd`, with weights for the rows alone."""
+    if _on_definition(query, key):
+        return reference.sigmoid_contrast_bwd(grad_rows, query, key, scale, bias, positive, query_ids, key_ids, matmul)
+    with torch.cuda.device_of(query):
+        pairs = _pairs(query, key, positive, query_ids, key_ids, matmul)
+        peak = torch.linalg.vector_norm(grad_rows, torch.inf)
+        weight = (grad_rows / peak.clamp_min(torch.finfo(torch.float32).tiny)).float()
+        row, column = torch.stack([weight, weight], dim=1), _no_weights(pairs.y)
+        sigmoid = {"bias": bias, "sigmoid": True, "bounded": False}
+        grad_query, along, total = _gradient(pairs, row, column, peak, scale, **sigmoid)
+        grad_key, _, _ = _gradient(pairs.swap(), column, row, peak, scale, **sigmoid)
+    return grad_query, grad_key, along.to(scale.dtype), total.to(bias.dtype)
