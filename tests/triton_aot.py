@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for GPUs that need not be here and reads what it costs from the machine code.
 
 ``python tests/triton_aot.py`` rewrites tests/triton_resources.md. An op's cases tagged "aot" or "aot_bf16" are what is
-compiled: the public function forward and backward, with the specialisation and the configuration that a launch on the target has.
+compiled: the public function forward and backward, with the specialisation and the configuration that a launch on the
+target has.
 """
 
 from __future__ import annotations
