@@ -349,6 +349,6 @@ def test_memory_is_linear_in_the_batch(one_program):
 def test_splits_take_the_memory_of_a_tile_for_each_program():
     with interpret() as launches:
         softmax(contrast_kernels, unit_rows(70, 16), unit_rows(3000, 16, seed=1), 9.0, attract=True)
+        config = contrast_kernels.config_of(4, contrast_kernels.CONTRAST_CONFIGS)
     [partial] = [launch.arguments["partial_ptr"] for launch in launches if "partial_ptr" in launch.arguments]
-    config = contrast_kernels.config_of(4, contrast_kernels.CONTRAST_CONFIGS)
     assert len(partial) > 10 and partial.numel() <= config.programs * config.backward.rows * 16

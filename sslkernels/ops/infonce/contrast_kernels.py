@@ -23,7 +23,10 @@ from sslkernels.ops.infonce.kernels import CONFIGS, PAIRS, ROW_DEPTH, Config, Ti
 # registers hold the masks: what a loop fetches ahead must not need them too
 _FP32 = Tiles(64, 64, 16, num_warps=8, num_stages=2, grad_width=128)
 CONTRAST_CONFIGS = {
-    "sm_80": {2: CONFIGS["sm_80"][2], 4: replace(CONFIGS["sm_80"][4], backward=_FP32)},
+    "sm_80": {
+        2: CONFIGS["sm_80"][2],
+        4: replace(CONFIGS["sm_80"][4], backward=Tiles(32, 64, 16, num_warps=8, num_stages=2, grad_width=128)),
+    },
     "sm_90": {
         2: replace(CONFIGS["sm_90"][2], backward_wide=Tiles(64, 32, 64, num_warps=8, num_stages=2, grad_width=512)),
         4: replace(CONFIGS["sm_90"][4], backward=_FP32),
