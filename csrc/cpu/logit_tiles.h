@@ -53,8 +53,10 @@ struct LogitTile {
 
   template <class Epilogue>
   SSLK_INLINE void similarities(const Epilogue& epilogue) {
-    for (int64_t k = 0; k < logits.words; k += kStepsAtOnce) {
-      const int64_t steps = min(kStepsAtOnce, logits.words - k);
+    // without a bound logits may be large, and so are the effects of their rounding: shorter sums, which round less
+    const int64_t piece = logits.bounded ? kStepsAtOnce : min(kStepsAtOnce, logits.words < 64 ? 16 : logits.words / 4);
+    for (int64_t k = 0; k < logits.words; k += piece) {
+      const int64_t steps = min(piece, logits.words - k);
       for (int64_t column = 0; column < width; column += kPanel)
         for (int64_t row = 0; row < height; row += kRows) {
           if (diagonal && column + kPanel <= row) break;  // below the diagonal

@@ -37,11 +37,10 @@ def _case(
     transform=None,
     *,
     noise=0.5,
-    seed=0,
     **options,
 ) -> Case:
     def make(device, dtype):
-        z0, z1 = _embeddings(pairs, dim, device, dtype, noise=noise, seed=seed)
+        z0, z1 = _embeddings(pairs, dim, device, dtype, noise=noise)
         if transform is not None:
             z0, z1 = transform(z0, z1)
         return {"z0": z0, "z1": z1, "temperature": temperature, **options}
@@ -77,8 +76,7 @@ NT_XENT_CASES = (
     _case("thousand_columns", 48, 1000, 0.1, ("verify", "edge")),
     _case("one_pair", 1, 128, 0.5, ("verify", "edge")),
     _case("no_pair", 0, 128, 0.5, ("edge",)),
-    # noisy: not every positive wins. Of two correct results the better one is a matter of the seed here.
-    _case("tau_0.001", 100, 64, 0.001, ("verify", "edge"), noise=2.0, seed=4),
+    _case("tau_0.001", 100, 64, 0.001, ("verify", "edge"), noise=2.0),  # noisy: not every positive wins
     _case("tau_0.01", 100, 64, 0.01, ("verify", "edge"), noise=2.0),
     _case("tau_0.05", 100, 64, 0.05, ("verify", "edge"), noise=2.0),
     _case("saturated", 100, 64, 0.05, ("verify", "edge")),  # losses near 0, where 1 - p cancels
