@@ -14,8 +14,8 @@ from pages import ROOT, TEXTS, blocks
 from sslkernels import cli
 
 ERRORS = "docs/errors.md"  # its blocks end in the errors that their headings show
-# timm, whose programs are these before the change, is among what tests need: they are shown as they are there
-BEFORE_IS_INSTALLED = [block for block in blocks("diff") if "-from timm" in block.text]
+# tests have timm, and torch itself: programs that come from these can be run as they are before the change
+BEFORE_IS_INSTALLED = [block for block in blocks("diff") if re.search("^-from (timm|torch)", block.text, re.MULTILINE)]
 
 
 def commands() -> list[str]:

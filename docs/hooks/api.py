@@ -39,7 +39,9 @@ def members(path: str) -> list[str]:
 
 def _documented(value) -> bool:
     value = getattr(value, "__func__", value)
-    return (inspect.isfunction(value) or isinstance(value, property)) and bool(value.__doc__)
+    function = value.fget if isinstance(value, property) else value
+    ours = getattr(function, "__module__", "").startswith("sslkernels")  # not what a class takes over from torch
+    return ours and inspect.isfunction(function) and bool(value.__doc__)
 
 
 def render(path: str, link: Link) -> str:
@@ -88,7 +90,7 @@ def _arguments(found) -> str:
 def _default(value) -> str:
     if isinstance(value, str):
         return f'"{value}"'
-    return f"{value:.4g}" if isinstance(value, float) else repr(value)
+    return f"{value:.4g}" if isinstance(value, float) and len(repr(value)) > 8 else repr(value)
 
 
 def _fields(found) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """What mkdocs does to a page of `docs` besides: API text from docstrings, links into the repository, equations.
 
-A line ``::: sslkernels.nt_xent`` becomes that object's signature and docstring, ``::: costs nt_xent`` the table of what its
-inputs need at the least, and ``::: figure nt_xent`` the figure ``docs/figures/nt_xent.svg``, once there is one.
+A line ``::: sslkernels.nt_xent`` becomes that object's signature and docstring, ``::: costs nt_xent`` the table of what
+its inputs need at the least, and ``::: figure nt_xent`` the figure ``docs/figures/nt_xent.svg``, once there is one.
 Files of the repository that pages link to are shown as pages if `INCLUDED` has them, else only named.
 """
 
@@ -68,7 +68,8 @@ def on_page_content(content, page, config, files):
 
 def _equation(match: re.Match) -> str:
     display = "inline" if match[2] == "(" else "block"
-    return convert(html.unescape(match[3]).strip(), display=display)
+    latex = re.sub(r"\\Big([lr])", lambda side: {"l": r"\left", "r": r"\right"}[side[1]], html.unescape(match[3]))
+    return convert(latex.strip(), display=display)  # of sizes it knows those that follow from the contents
 
 
 def _address(name: str) -> str | None:
