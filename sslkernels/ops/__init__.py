@@ -13,6 +13,7 @@ from sslkernels.ops.infonce import (
     sigmoid_loss,
     sup_con,
 )
+from sslkernels.ops.patch_loss import masked_patch_loss
 
 __all__ = [
     "ClipStats",
@@ -22,6 +23,7 @@ __all__ = [
     "ema_update_",
     "hard_nt_xent",
     "info_nce",
+    "masked_patch_loss",
     "mises_fisher_weights",
     "nt_xent",
     "sigmoid_loss",
