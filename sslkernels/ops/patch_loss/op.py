@@ -40,19 +40,20 @@ def _save(ctx, inputs, output):
     _, grad_pred = output
     ctx.dtype = pred.dtype
     ctx.save_for_backward(grad_pred, mask)
-    ctx.mark_non_differentiable(grad_pred)
     ctx.set_materialize_grads(False)  # that of grad_pred would be as large as itself
 
 
-def _backward(scale, ctx, grad_loss, _):
+def _backward(scale, ctx, grad_loss, grad_of_grad):
     """The gradient as the forward has formed it, where grad_loss is 1 and no other backward will need it; or scaled."""
     if not ctx.has_grad:
         raise RuntimeError("patch_loss_fwd: the forward forms the gradient, and was called with need_grad=False")
-    grad_pred, mask = ctx.saved_tensors
+    if grad_of_grad is not None:
+        _no_double_backward(ctx)
+    grad_pred, mask = ctx.saved_tensors  # to autograd the first depends on pred: so a second derivative is refused
     if grad_loss is None:
         grad = None
     elif grad_pred.dtype == ctx.dtype and _is_last_use(grad_loss, grad_pred) and grad_loss.item() == 1:
-        grad = grad_pred
+        grad = grad_pred.detach()
     else:
         grad = scale(grad_loss, grad_pred, mask, ctx.dtype)
     return grad, None, None, None, None, None, None
