@@ -13,6 +13,7 @@ from sslkernels.ops.infonce import (
     sigmoid_loss,
     sup_con,
 )
+from sslkernels.ops.patch_loss import masked_patch_loss
 from sslkernels.ops.patch_mask import (
     MaskedTokens,
     MaskIndices,
@@ -35,6 +36,7 @@ __all__ = [
     "hard_nt_xent",
     "info_nce",
     "masked_patch_embed",
+    "masked_patch_loss",
     "mises_fisher_weights",
     "nt_xent",
     "patch_mask",
