@@ -52,7 +52,9 @@ class MaskedAutoencoder(nn.Module):
 
 def patches_of(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(N, C, H, W) -> (N, L, p * p * C), in MAE's order."""
-    return F.unfold(images, patch_size, stride=patch_size).unflatten(1, (images.shape[1], -1)).transpose(1, 3).flatten(2)
+    return (
+        F.unfold(images, patch_size, stride=patch_size).unflatten(1, (images.shape[1], -1)).transpose(1, 3).flatten(2)
+    )
 
 
 def images_of(patches: torch.Tensor, patch_size: int, size: tuple[int, int]) -> torch.Tensor:
