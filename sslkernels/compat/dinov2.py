@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sslkernels.ops import block_mask
+from sslkernels.ops.patch_mask.block_mask import block_mask
 
 
 class MaskingGenerator:
