@@ -15,20 +15,30 @@ from sslkernels.ops.infonce import (
 )
 from sslkernels.ops.patch_loss import masked_patch_loss
 from sslkernels.ops.patch_mask import (
+    BlockSizes,
     MaskedTokens,
     MaskIndices,
+    MultiBlockMasks,
+    block_mask,
     gather_tokens,
     masked_patch_embed,
+    multi_block_mask,
+    multi_block_sizes,
     patch_mask,
     random_masking,
     restore_tokens,
+    span_mask,
+    tube_mask,
 )
 
 __all__ = [
+    "BlockSizes",
     "ClipStats",
     "ContrastiveStats",
     "MaskIndices",
     "MaskedTokens",
+    "MultiBlockMasks",
+    "block_mask",
     "clip_loss",
     "decoupled_nt_xent",
     "ema_update_",
@@ -38,10 +48,14 @@ __all__ = [
     "masked_patch_embed",
     "masked_patch_loss",
     "mises_fisher_weights",
+    "multi_block_mask",
+    "multi_block_sizes",
     "nt_xent",
     "patch_mask",
     "random_masking",
     "restore_tokens",
     "sigmoid_loss",
+    "span_mask",
     "sup_con",
+    "tube_mask",
 ]

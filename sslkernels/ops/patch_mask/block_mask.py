@@ -59,8 +59,8 @@ def block_mask(
     Args:
         batch_size: N.
         grid_size: (H, W) in patches, or an int for a square; at most 65,536 patches.
-        num_masked: how many patches to mask, in [0, H W]: an int, or (N,) integers, one for each sample. Out of range in
-            a tensor is an error on a CPU; a GPU, which is not waited for, takes the nearest number in range.
+        num_masked: how many patches to mask, in [0, H W]: an int, or (N,) integers, one for each sample. In a tensor, a
+            number out of range is an error on a CPU; a GPU, which is not waited for, takes the nearest one in range.
         mask_ratio: in place of ``num_masked``, the share of the patches to mask, in [0, 1]: H W - floor(H W
             (1 - mask_ratio)) of them, as `patch_mask` does.
         min_patches: the area of the smallest rectangle, in patches; where fewer are to go, an area between the two.
@@ -84,10 +84,11 @@ def block_mask(
         RuntimeError: ``backend`` is not available here; or, on a CPU, ``num_masked`` has a number out of range.
 
     Source: Bao et al., BEiT: BERT Pre-Training of Image Transformers (2022), algorithm 1, with the bounds of Oquab et
-    al., DINOv2 (2023). Both leave a count that no rectangle fits unreached, and neither lets a rectangle be as high or as
-    wide as the grid. Random numbers are those of Philox4x32-10.
+    al., DINOv2 (2023). Both leave a count that no rectangle fits unreached, and neither lets a rectangle be as high or
+    as wide as the grid. Random numbers are those of Philox4x32-10.
 
-    Cost: about a microsecond a sample on one core for a grid of 16 x 16. Extra memory on a GPU: at most 17 bytes a patch.
+    Cost: about a microsecond a sample on one core for a grid of 16 x 16. Extra memory on a GPU: at most 17 bytes a
+    patch.
     """
     samples = arguments.count(NAME, "batch_size", batch_size)
     height, width = grids.grid(NAME, grid_size)

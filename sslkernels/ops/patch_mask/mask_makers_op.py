@@ -11,11 +11,11 @@ import torch
 from sslkernels import _library
 from sslkernels.ops.patch_mask import mask_makers_reference as reference
 
-# seed: 0-dim int64, read on its device. sample_ids (N,) int64, or None for 0 ... N - 1. What is out of range in a tensor
-# is an error on the CPU; a GPU, which is not waited for, takes the nearest number in range.
+# seed: 0-dim int64, read on its device. sample_ids (N,) int64, or None for 0 ... N - 1. In the other tensors, a number
+# out of range is an error on the CPU; a GPU, which is not waited for, takes the nearest one in range.
 SCHEMAS = {
-    # num_masked (N,) int64. aspects: each aspect, height to width, and its inverse, in units of 2^-16. attempts: at most
-    # so many rectangles are tried. mask (N, H, W) bool.
+    # num_masked (N,) int64. aspects: each aspect, height to width, and its inverse, times 2^16. attempts: how many
+    # rectangles are tried at most. mask (N, H, W) bool.
     "block_mask_fwd": (
         "(Tensor seed, Tensor? sample_ids, Tensor num_masked, SymInt height, SymInt width, SymInt min_patches,"
         " SymInt max_patches, int[] aspects, SymInt attempts) -> Tensor mask"

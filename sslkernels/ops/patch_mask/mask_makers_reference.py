@@ -33,8 +33,8 @@ class _Draws:
 
     def order(self, members):
         """(N, L) token indices: the members first, in the order of their keys, ties by index."""
-        samples, tokens = members.shape
-        keys = self.words(KEY_DRAWS, (tokens + 3) // 4).reshape(samples, -1)[:, :tokens]
+        tokens = members.shape[1]
+        keys = self.words(KEY_DRAWS, (tokens + 3) // 4).flatten(1)[:, :tokens]
         return torch.where(members, keys, WORD + 1).argsort(dim=1, stable=True)
 
     def choose(self, members, wanted):

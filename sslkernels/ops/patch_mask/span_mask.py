@@ -31,8 +31,8 @@ def span_mask(
 
     .. math:: m = \max(\lfloor p\, l / s + u \rfloor, \mathrm{min\_spans}), \quad u \sim U(0, 1)
 
-    spans of s tokens, or as many as there is room for if that is fewer. Their first tokens are distinct, every choice of
-    them equally likely that puts all spans before the end of the sample and, without ``overlap``, beside each other.
+    spans of s tokens, or as many as there is room for if that is fewer. Their first tokens are distinct: any choice of
+    them that keeps all spans inside the sample and, without ``overlap``, apart, and each equally likely.
 
     Equivalent Python, for one sample with overlap, up to the random numbers::
 
@@ -53,8 +53,8 @@ def span_mask(
             sample; at least 0.
         min_spans: the fewest.
         lengths: (N,) integers in [0, T]: how many tokens each sample has before its padding, which is never masked;
-            ``attention_mask.sum(1)``, for example. None: T. Out of range is an error on a CPU; a GPU, which is not waited
-            for, takes the nearest number in range.
+            ``attention_mask.sum(1)``, for example. None: T. A number out of range is an error on a CPU; a GPU, which is
+            not waited for, takes the nearest one in range.
         overlap: whether spans may overlap.
         seed: a 64-bit integer, as an int or as a tensor of one element on the device of the mask, which is read there.
             None draws one from ``generator``, exactly once.

@@ -47,15 +47,15 @@ def tube_mask(
     Returns:
         ``MaskIndices(mask, ids_keep, ids_restore)`` over the T H W tokens in row-major order, for `gather_tokens`,
         `restore_tokens` and `random_masking`: (N, T H W) bool, True where a token is removed; (N, T K) int64, frame by
-        frame; (N, T H W) int64, the place of each kept token in ``ids_keep``, while removed tokens have T K, T K + 1, ...
-        in order of index.
+        frame; (N, T H W) int64, the place of each kept token in ``ids_keep``, while removed tokens have T K, T K + 1,
+        ... in order of index.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: ``backend`` is not available here.
 
-    Source: Tong et al., VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video Pre-Training
-    (2022), section 3.3.
+    Source: Tong et al., VideoMAE: Masked Autoencoders are Data-Efficient Learners for Self-Supervised Video
+    Pre-Training (2022), section 3.3.
 
     Cost: that of `patch_mask` for a frame, and 8 T K + 9 T H W bytes a sample.
     """
@@ -70,16 +70,17 @@ def tube_mask(
     arguments.check_backend(NAME, backend, where.type)
     ids = randomness.samples(NAME, sample_ids, samples, where)
     seed = randomness.seed_tensor(NAME, seed, generator, where)
-    frame = MaskIndices(*_frame(op.family(backend), seed, ids, samples, places, kept, ordered))
-    index = torch.arange(frames, device=where)[:, None]
-    mask = frame.mask[:, None].expand(samples, frames, places).reshape(samples, frames * places)
-    ids_keep = (frame.ids_keep[:, None] + places * index).view(samples, frames * kept)
-    # in a frame, kept tokens have places below `kept` and removed ones from there on
-    removed = frame.ids_restore[:, None] >= kept
-    ids_restore = frame.ids_restore[:, None] + torch.where(removed, (places - kept) * index + (frames - 1) * kept, kept * index)
-    return MaskIndices(mask, ids_keep, ids_restore.view(samples, frames * places))
+    ids_keep, ids_restore, mask = op.family(backend).patch_mask_fwd(seed, ids, None, samples, places, kept, ordered)
+    return _repeated(ids_keep[:, None], ids_restore[:, None], mask[:, None], frames)
 
 
-def _frame(ops, seed, ids, samples: int, places: int, kept: int, ordered: bool):
-    ids_keep, ids_restore, mask = ops.patch_mask_fwd(seed, ids, None, samples, places, kept, ordered)
-    return mask, ids_keep, ids_restore
+def _repeated(ids_keep, ids_restore, mask, frames: int) -> MaskIndices:
+    """The masks of a frame, (N, 1, ...), as those of a video."""
+    kept, places = ids_keep.shape[2], mask.shape[2]
+    index = torch.arange(frames, device=mask.device)[:, None]
+    # of a frame, kept tokens have places below `kept`, and removed ones those from there on
+    removed = frames * kept + (places - kept) * index + ids_restore - kept
+    ids_restore = torch.where(mask, removed, kept * index + ids_restore)
+    return MaskIndices(
+        mask.repeat(1, frames, 1).flatten(1), (places * index + ids_keep).flatten(1), ids_restore.flatten(1)
+    )
