@@ -2,14 +2,23 @@
 
 import pytest
 import torch
-from masking_forms import lightly_random_token_mask, mae_random_masking, mae_unshuffle
+from masking_forms import (
+    dinov2_lists,
+    dinov2_shares,
+    lightly_random_token_mask,
+    mae_random_masking,
+    mae_unshuffle,
+)
 from timm.layers import PatchDropout, PatchDropoutWithIndices
 from timm.models.vision_transformer import VisionTransformer
 
 import sslkernels
+from sslkernels.compat import dinov2
 from sslkernels.compat.lightly import random_token_mask
 from sslkernels.compat.mae import random_masking
 from sslkernels.nn import PatchMask
+
+DINOV2 = ((0.1, 0.5), 0.5)  # its mask_ratio_tuple and mask_probability
 
 
 def _tokens(samples=3, length=50, dim=8, seed=0):
@@ -161,3 +170,87 @@ def test_lightly_masking_has_its_defaults_and_follows_the_seed():
     assert torch.equal(keep[3:], last[0]) and torch.equal(removed[3:], last[1])
     every = torch.cat([keep, removed], dim=1).sort(dim=1).values
     assert torch.equal(every, torch.arange(51).expand(4, -1))
+
+
+# ---- DINOv2
+
+
+def _generator(**options):
+    return dinov2.MaskingGenerator((16, 12), **{"max_num_patches": 0.5 * 16 * 12, **options})
+
+
+def _samples(count=4, local_crops=3):
+    crops = {"global_crops": [torch.randn(3, 8, 8) for _ in range(2)]}
+    crops["local_crops"] = [torch.randn(3, 4, 4) for _ in range(local_crops)]
+    return [({name: [crop + i for crop in several] for name, several in crops.items()}, None) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ratios", "probability"), [(32, *DINOV2), (9, (0.0, 1.0), 0.8), (5, (0.3, 0.4), 0.0)]
+)
+def test_dinov2_masks_are_counted_and_listed_as_in_the_original(batch_size, ratios, probability):
+    generator = _generator()
+    bounds, upperbound = dinov2_shares(batch_size, ratios, probability, generator.num_patches)
+    for seed in range(5):
+        out = dinov2.collate_masks(batch_size, ratios, probability, generator, seed=seed)
+        masks = out["collated_masks"]
+        indices, weights = dinov2_lists(masks)
+        assert masks.shape == (batch_size, 192) and masks.dtype == torch.bool
+        assert torch.equal(out["mask_indices_list"], indices)
+        torch.testing.assert_close(out["masks_weight"], weights, rtol=0, atol=0)
+        assert out["n_masked_patches"].tolist() == [len(indices)] and out["upperbound"] == upperbound >= len(indices)
+        counts = sorted(masks.sum(dim=1).tolist())
+        assert counts[: batch_size - len(bounds)] == [0] * (batch_size - len(bounds))
+        for count, (least, most) in zip(counts[batch_size - len(bounds) :], bounds, strict=True):
+            assert least <= count <= most
+
+
+def test_dinov2_collates_the_crops_as_the_original():
+    samples = _samples()
+    out = dinov2.collate_data_and_cast(samples, *DINOV2, torch.float16, 192, _generator())
+    for kind in ("global_crops", "local_crops"):
+        number = len(samples[0][0][kind])
+        expected = torch.stack([sample[0][kind][i] for i in range(number) for sample in samples])
+        assert torch.equal(out[f"collated_{kind}"], expected.half())
+    assert out.keys() == {
+        "collated_global_crops", "collated_local_crops", "collated_masks", "mask_indices_list", "masks_weight",
+        "upperbound", "n_masked_patches",
+    }  # fmt: skip
+    assert out["collated_masks"].shape == (8, 192)
+
+
+def test_dinov2_masks_follow_the_seed():
+    def masks(**options):
+        return dinov2.collate_masks(16, *DINOV2, _generator(), **options)["collated_masks"]
+
+    torch.manual_seed(0)
+    drawn, other = masks(), masks()
+    torch.manual_seed(0)
+    assert torch.equal(masks(), drawn) and not torch.equal(drawn, other)
+    assert torch.equal(masks(seed=3), masks(seed=3)) and not torch.equal(masks(seed=3), masks(seed=4))
+    # masked samples are in random places
+    assert len({tuple(masks(seed=seed).any(dim=1).tolist()) for seed in range(4)}) > 1
+    ids = torch.arange(100, 116)
+    assert torch.equal(masks(seed=3, sample_ids=ids).sum(dim=1), masks(seed=3).sum(dim=1))
+    assert not torch.equal(masks(seed=3, sample_ids=ids), masks(seed=3))
+
+
+def test_the_generator_of_dinov2_masks_exactly_as_many_in_rectangles():
+    generator = _generator()
+    assert generator.get_shape() == (16, 12) and not generator().any()
+    torch.manual_seed(0)
+    for count in (1, 40, 192):
+        mask = generator(count)
+        assert mask.shape == (16, 12) and mask.dtype == bool and mask.sum() == count
+    square = _generator(min_num_patches=25, max_num_patches=25, min_aspect=1.0)(25)
+    assert square.any(axis=1).sum() == square.any(axis=0).sum() == 5
+    assert dinov2.MaskingGenerator(8, num_masking_patches=20).rectangles["max_patches"] == 20
+
+
+def test_dinov2_mistakes_are_told():
+    with pytest.raises(
+        TypeError, match=r"mask_generator must be a sslkernels\.compat\.dinov2\.MaskingGenerator, got None"
+    ):
+        dinov2.collate_masks(4, *DINOV2, None)
+    with pytest.raises(ValueError, match="n_tokens must be 192, those of the grid of mask_generator, got 256"):
+        dinov2.collate_data_and_cast(_samples(), *DINOV2, torch.float32, 256, _generator())

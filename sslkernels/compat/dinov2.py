@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sslkernels.ops.patch_mask.block_mask import block_mask
+from sslkernels.ops import block_mask
 
 
 class MaskingGenerator:
@@ -93,11 +93,7 @@ def collate_masks(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    if not isinstance(mask_generator, MaskingGenerator):
-        raise TypeError(
-            "collate_masks: mask_generator must be a sslkernels.compat.dinov2.MaskingGenerator, "
-            f"got {type(mask_generator).__name__}"
-        )
+    _check_generator("collate_masks", mask_generator)
     patches = mask_generator.num_patches
     if seed is None:
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
@@ -106,7 +102,8 @@ def collate_masks(
     masked = int(batch_size * mask_probability)
     edges = torch.linspace(*mask_ratio_tuple, masked + 1, device="cpu")
     low, high = edges[:-1], edges[1:]
-    counts = (patches * (low + (high - low) * torch.rand(masked, generator=generator, device="cpu"))).long()
+    shares = low + (high - low) * torch.rand(masked, generator=generator, device="cpu")
+    counts = (patches * shares.minimum(high)).long()  # rounding may have left the share above
     numbers = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
     numbers[torch.randperm(batch_size, generator=generator, device="cpu")[:masked]] = counts
     total = int(numbers.sum())
@@ -148,6 +145,7 @@ def collate_data_and_cast(
 
     Where it differs from DINOv2: docs/migration-masking.md.
     """
+    _check_generator("collate_data_and_cast", mask_generator, n_tokens)
     crops = [sample[0] for sample in samples_list]
     collated = {
         f"collated_{kind}": torch.stack(
@@ -159,9 +157,15 @@ def collate_data_and_cast(
         len(collated["collated_global_crops"]), mask_ratio_tuple, mask_probability, mask_generator, seed=seed,
         sample_ids=sample_ids, device="cpu",
     )  # fmt: skip
-    if n_tokens is not None and n_tokens != mask_generator.num_patches:
-        raise ValueError(
-            f"collate_data_and_cast: n_tokens must be {mask_generator.num_patches}, those of the grid of "
-            f"mask_generator, got {n_tokens}"
-        )
     return {**{name: crop.to(dtype) for name, crop in collated.items()}, **masks}
+
+
+def _check_generator(op: str, mask_generator, n_tokens: int | None = None) -> None:
+    if not isinstance(mask_generator, MaskingGenerator):
+        raise TypeError(
+            f"{op}: mask_generator must be a sslkernels.compat.dinov2.MaskingGenerator, "
+            f"got {type(mask_generator).__name__}"
+        )
+    patches = mask_generator.num_patches
+    if n_tokens is not None and n_tokens != patches:
+        raise ValueError(f"{op}: n_tokens must be {patches}, those of the grid of mask_generator, got {n_tokens}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 import sslkernels
 
-HEAD_DIM = 32  # of the decoder's attention, as in MAE
+HEAD_DIM = 16  # of the decoder's attention
+WAVES = 20.0  # the longest wave of positions over the shortest: small grids need no longer ones
 
 
 class MaskedAutoencoder(nn.Module):
@@ -26,12 +28,24 @@ class MaskedAutoencoder(nn.Module):
         self.prefix = encoder.num_prefix_tokens
         patches = encoder.patch_embed
         self.narrow = nn.Linear(encoder.embed_dim, dim)
-        self.mask_token = nn.Parameter(torch.empty(dim).normal_(std=0.02))
-        self.positions = nn.Parameter(torch.empty(self.prefix + patches.num_patches, dim).normal_(std=0.02))
-        self.decoder = nn.Sequential(
-            *(Block(dim, num_heads=max(1, dim // HEAD_DIM), qkv_bias=True) for _ in range(depth)), nn.LayerNorm(dim)
-        )
+        self.mask_token = nn.Parameter(torch.zeros(dim))
+        self.register_buffer("positions", torch.empty(patches.num_patches, dim))
+        blocks = (Block(dim, num_heads=dim // HEAD_DIM, qkv_bias=True) for _ in range(depth))
+        self.decoder = nn.Sequential(*blocks, nn.LayerNorm(dim))
         self.pixels = nn.Linear(dim, patches.proj.weight[0].numel())
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """As in MAE, with fixed positions. timm's initialisation is for wide layers: narrow ones learn slowly with it."""
+        patches = self.encoder.patch_embed
+        linear = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
+        for weight in (*linear, patches.proj.weight.flatten(1)):
+            nn.init.xavier_uniform_(weight)
+        nn.init.normal_(self.mask_token, std=0.02)
+        for positions in (self.encoder.pos_embed[0, -patches.num_patches :], self.positions):
+            positions.copy_(build_sincos2d_pos_embed(patches.grid_size, positions.shape[1], temperature=WAVES))
+        self.encoder.pos_embed.requires_grad_(False)
 
     def forward(
         self, images: torch.Tensor, seed: int, sample_ids: torch.Tensor | None
@@ -44,17 +58,16 @@ class MaskedAutoencoder(nn.Module):
         )  # fmt: skip
         tokens = self.narrow(encoder.norm(encoder.blocks(encoder.norm_pre(kept.x_kept))))
         tokens = sslkernels.restore_tokens(
-            tokens, kept.ids_restore, self.mask_token.to(tokens.dtype), self.positions.to(tokens.dtype),
-            num_prefix_tokens=self.prefix, backend=self.backend,
+            tokens, kept.ids_restore, self.mask_token, self.positions, num_prefix_tokens=self.prefix,
+            backend=self.backend,
         )  # fmt: skip
         return self.pixels(self.decoder(tokens)[:, self.prefix :]), kept.mask
 
 
 def patches_of(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(N, C, H, W) -> (N, L, p * p * C), in MAE's order."""
-    return (
-        F.unfold(images, patch_size, stride=patch_size).unflatten(1, (images.shape[1], -1)).transpose(1, 3).flatten(2)
-    )
+    columns = F.unfold(images, patch_size, stride=patch_size)
+    return columns.unflatten(1, (images.shape[1], -1)).transpose(1, 3).flatten(2)
 
 
 def images_of(patches: torch.Tensor, patch_size: int, size: tuple[int, int]) -> torch.Tensor:
@@ -65,9 +78,9 @@ def images_of(patches: torch.Tensor, patch_size: int, size: tuple[int, int]) -> 
 
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, norm_pix: bool, seed: int) -> torch.Tensor:
-    """Every image, what the encoder sees of it, and that with the predicted patches: (3, N, C, H, W).
+    """The images, what the encoder sees of them, and that with the predicted patches: (3, N, C, H, W).
 
-    Under ``norm_pix`` a prediction tells a patch up to its mean and deviation: these are then the original's.
+    Under ``norm_pix`` a prediction says nothing of a patch's mean and deviation: those are then the original's.
     """
     patch_size = model.encoder.patch_embed.patch_size[0]
     pred, mask = model(images, seed, None)

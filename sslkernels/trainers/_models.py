@@ -14,6 +14,7 @@ from sslkernels.trainers import TrainError
 from sslkernels.trainers._data import ImageData
 
 PATCHES = 8  # a side at the most, unless a patch size is asked for
+SMALL_VIT = {"model_name": "test_vit", "embed_dim": 64, "depth": 3, "num_heads": 4}
 SMALL_IMAGE = 64  # below it a ResNet's stem must not shrink the image
 
 
@@ -34,22 +35,24 @@ def build_backbone(name: str, data: ImageData, norm: str) -> nn.Module:
     return backbone
 
 
-def build_vit(name: str, data: ImageData, patch_size: int | None) -> VisionTransformer:
-    """timm's ViT of that name for these images; its features are the mean of its patch tokens after its last norm."""
-    _check_name(name)
+def build_vit(name: str | None, data: ImageData, patch_size: int | None) -> VisionTransformer:
+    """timm's ViT of that name, or a small one; its features are the mean of its patch tokens after the last norm."""
     size = data.image_size
     if patch_size is None:
         patch_size = next(p for p in range(2, size + 1) if size % p == 0 and size // p <= PATCHES)
     if size % patch_size:
         raise TrainError(f"--patch-size {patch_size} does not divide images of {size} pixels")
+    if name is not None:
+        _check_name(name)
+    named = SMALL_VIT if name is None else {"model_name": name}
     try:
         vit = timm.create_model(
-            name, img_size=size, patch_size=patch_size, in_chans=data.channels, num_classes=0, global_pool="avg",
+            **named, img_size=size, patch_size=patch_size, in_chans=data.channels, num_classes=0, global_pool="avg",
             fc_norm=False, dynamic_img_size=False,
         )  # fmt: skip
     except TypeError:  # convolutions have no such arguments
         vit = None
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
         raise TrainError(f"--backbone {name} is not one of timm's plain ViTs, such as test_vit or vit_tiny_patch16_224")
     return vit
 

@@ -15,12 +15,12 @@ import torch
 from torch.utils.data import DataLoader
 
 import sslkernels
-from sslkernels.trainers import _accumulate, _checkpoint
+from sslkernels.trainers import TrainError, _accumulate, _checkpoint
 from sslkernels.trainers._data import load_data
 from sslkernels.trainers._distributed import gather, join_world, spread
 from sslkernels.trainers._evaluate import both_probes, print_both_probes
 from sslkernels.trainers._log import open_log
-from sslkernels.trainers._masked_autoencoder import MaskedAutoencoder, reconstruct
+from sslkernels.trainers._masked_autoencoder import HEAD_DIM, MaskedAutoencoder, reconstruct
 from sslkernels.trainers._models import build_vit
 from sslkernels.trainers._optim import LEARNING_RATES, build_optimizer, set_learning_rate, warmup_cosine
 from sslkernels.trainers._options import (
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_optimizer_arguments(parser)
     parser.set_defaults(weight_decay=0.05)
     group = parser.add_argument_group("mae")
-    group.add_argument("--backbone", default="test_vit", metavar="NAME", help="a ViT of timm (default: %(default)s)")
+    group.add_argument("--backbone", metavar="NAME", help="a ViT of timm (default: a small one)")
     group.add_argument("--patch-size", type=whole(1), metavar="PIXELS", help="default: what suits the data")
     group.add_argument("--mask-ratio", type=share, default=0.75, help="removed of the patches (default: %(default)s)")
     group.add_argument("--norm-pix", action="store_true", help="predict each patch without its mean and deviation")
@@ -56,17 +56,18 @@ def main(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Train as the arguments say; returns the accuracies of both probes once all steps are done, in the leading process."""
+    """Train as the arguments say; returns both probes' accuracies once all steps are done, in the leading process."""
     device = torch.device(args.device)
     world = join_world(device)
     data = load_data(args.data, args.image_size)
     check_batch(args, len(data.train), world.size)
+    if args.decoder_dim % HEAD_DIM:
+        raise TrainError(f"--decoder-dim must be a multiple of {HEAD_DIM}, got {args.decoder_dim}")
 
     torch.manual_seed(args.seed)
     encoder = build_vit(args.backbone, data, args.patch_size)
-    untrained = copy.deepcopy(encoder).to(device)
     model = MaskedAutoencoder(encoder, args.mask_ratio, args.decoder_dim, args.decoder_depth, args.ops).to(device)
-    patch_size = encoder.patch_embed.patch_size
+    untrained = copy.deepcopy(encoder)
     optimizer = build_optimizer(model, args.optimizer, args.weight_decay)
     parts = {"model": model, "optimizer": optimizer}
     saved = _checkpoint.begin(args, world, parts)
@@ -80,7 +81,7 @@ def train(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             pred, mask = network(images, mask_seed, indices)
         loss = sslkernels.masked_patch_loss(
-            pred, images, mask, patch_size, norm_pix=args.norm_pix, backend=model.backend
+            pred, images, mask, encoder.patch_embed.patch_size, norm_pix=args.norm_pix, backend=model.backend
         )
         return loss / args.accumulate, loss.detach()
 

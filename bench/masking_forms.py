@@ -1,4 +1,4 @@
-"""What the masking functions of other libraries compute, written out: what our drop-ins are compared with."""
+"""What the masking functions of other libraries compute, written out: what ours are compared with and raced against."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ def mae_random_masking(x, mask_ratio, noise):
     order = noise.argsort(dim=1)
     ids_restore = order.argsort(dim=1)
     mask = (ids_restore >= num_keep).to(torch.float32)
-    return x.gather(1, order[:, :num_keep, None].expand(-1, -1, x.shape[2])), mask, ids_restore
+    return x.gather(1, order[:, :num_keep, None].repeat(1, 1, x.shape[2])), mask, ids_restore
 
 
-def mae_unshuffle(x, mask_token, ids_restore, pos_embed):
-    """How MAE's decoder begins: x (N, 1 + K, D) has a class token, pos_embed (1, 1 + L, D)."""
-    missing = ids_restore.shape[1] + 1 - x.shape[1]
-    tokens = torch.cat([x[:, 1:], mask_token.expand(len(x), missing, -1)], dim=1)
-    tokens = tokens.gather(1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))
-    return torch.cat([x[:, :1], tokens], dim=1) + pos_embed
+def mae_unshuffle(x, mask_token, ids_restore, pos_embed, prefix=1):
+    """How MAE's decoder begins: x (N, P + K, D) has P = 1 class token, pos_embed (1, P + L, D)."""
+    missing = ids_restore.shape[1] + prefix - x.shape[1]
+    tokens = torch.cat([x[:, prefix:], mask_token.repeat(len(x), missing, 1)], dim=1)
+    tokens = tokens.gather(1, ids_restore[:, :, None].repeat(1, 1, x.shape[2]))
+    return torch.cat([x[:, :prefix], tokens], dim=1) + pos_embed
 
 
 def lightly_random_token_mask(size, mask_ratio, mask_class_token, noise):
