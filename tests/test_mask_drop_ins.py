@@ -13,9 +13,8 @@ from timm.layers import PatchDropout, PatchDropoutWithIndices
 from timm.models.vision_transformer import VisionTransformer
 
 import sslkernels
-from sslkernels.compat import dinov2
+from sslkernels.compat import dinov2, mae
 from sslkernels.compat.lightly import random_token_mask
-from sslkernels.compat.mae import random_masking
 from sslkernels.nn import PatchMask
 
 DINOV2 = ((0.1, 0.5), 0.5)  # its mask_ratio_tuple and mask_probability
@@ -119,7 +118,7 @@ def test_patch_mask_refuses_a_probability(prob):
 @pytest.mark.parametrize(("length", "ratio"), [(49, 0.75), (16, 0.5), (196, 0.6), (7, 0.0)])
 def test_mae_masking_is_that_of_the_original(length, ratio):
     x, noise = _tokens(length=length), _noise(3, length)
-    x_masked, mask, ids_restore = random_masking(x, ratio, scores=noise)
+    x_masked, mask, ids_restore = mae.random_masking(x, ratio, scores=noise)
     expected, expected_mask, expected_restore = mae_random_masking(x, ratio, noise)
     assert torch.equal(x_masked, expected) and torch.equal(mask, expected_mask) and mask.dtype == torch.float32
     kept = mask == 0
@@ -135,14 +134,22 @@ def test_mae_masking_is_that_of_the_original(length, ratio):
 
 
 def test_mae_masking_counts_exactly_where_the_original_is_off_by_one():
-    assert random_masking(_tokens(length=10), 0.9)[0].shape[1] == 1
+    assert mae.random_masking(_tokens(length=10), 0.9)[0].shape[1] == 1
     assert mae_random_masking(_tokens(length=10), 0.9, _noise(3, 10))[0].shape[1] == 0
+
+
+def test_mae_masking_is_a_method_of_a_model():
+    class MaskedAutoencoderViT:
+        random_masking = staticmethod(mae.random_masking)
+
+    x_masked, mask, ids_restore = MaskedAutoencoderViT().random_masking(_tokens(), 0.75)
+    assert x_masked.shape == (3, 12, 8) and mask.sum() == 3 * 38 and ids_restore.shape == (3, 50)
 
 
 def test_mae_masking_is_a_function_of_seed_and_sample():
     x, ids = _tokens(4), torch.tensor([3, 1, 8, 0])
-    kept, mask, ids_restore = random_masking(x, 0.75, seed=7, sample_ids=ids)
-    last = random_masking(x[3:], 0.75, seed=7, sample_ids=ids[3:])
+    kept, mask, ids_restore = mae.random_masking(x, 0.75, seed=7, sample_ids=ids)
+    last = mae.random_masking(x[3:], 0.75, seed=7, sample_ids=ids[3:])
     assert all(torch.equal(a[3:], b) for a, b in zip((kept, mask, ids_restore), last, strict=True))
 
 

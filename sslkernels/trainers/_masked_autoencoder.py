@@ -37,7 +37,7 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """As in MAE, with fixed positions. timm's initialisation is for wide layers: narrow ones learn slowly with it."""
+        """As in MAE, with fixed positions. timm's initialisation is for wide layers; narrow ones would learn slowly."""
         patches = self.encoder.patch_embed
         linear = [module.weight for module in self.modules() if isinstance(module, nn.Linear)]
         for weight in (*linear, patches.proj.weight.flatten(1)):
