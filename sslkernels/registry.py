@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-SLICES = ("infonce", "ema")
+SLICES = ("infonce", "ema", "patch_mask", "patch_loss")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Cost:
     forward_exps: float
     backward_exps: float
     bytes: float
+    forward_bytes: float = 0.0
 
     @property
     def flops(self) -> float:

@@ -14,8 +14,10 @@ from pages import ROOT, TEXTS, blocks
 from sslkernels import cli
 
 ERRORS = "docs/errors.md"  # its blocks end in the errors that their headings show
+FRAGMENTS = "docs/migration-masking.md"  # its diffs but the first are parts of programs that stand elsewhere
+PROGRAMS = [block for block in blocks("diff") if block.page != FRAGMENTS or block.text.startswith("-from")]
 # tests have timm, and torch itself: programs that come from these can be run as they are before the change
-BEFORE_IS_INSTALLED = [block for block in blocks("diff") if re.search("^-from (timm|torch)", block.text, re.MULTILINE)]
+BEFORE_IS_INSTALLED = [block for block in PROGRAMS if re.search("^-from (timm|torch)", block.text, re.MULTILINE)]
 
 
 def commands() -> list[str]:
@@ -35,7 +37,7 @@ def test_python_blocks_run(block):
     assert failure is None, failure.report
 
 
-@pytest.mark.parametrize("block", blocks("diff"), ids=str)
+@pytest.mark.parametrize("block", PROGRAMS, ids=str)
 def test_programs_run_after_the_change(block):
     z0, z1 = torch.randn(2, 8, 4)  # which README leaves to the reader
     failure = pages.run(block, block.side("+"), z0=z0, z1=z1)
@@ -48,8 +50,16 @@ def test_programs_run_before_the_change(block):
     assert failure is None, failure.report
 
 
-def test_every_change_imports_from_here():
-    for block in blocks("diff"):
+def test_parts_of_programs_stand_in_examples_or_tests():
+    sources = [*(ROOT / "examples").glob("*.py"), ROOT / "tests/test_mask_drop_ins.py"]
+    there = {line.strip() for path in sources for line in path.read_text(encoding="utf-8").splitlines()}
+    parts = [block for block in blocks("diff") if block not in PROGRAMS]
+    shown = {line[1:].strip() for block in parts for line in block.text.splitlines() if re.match(r"\+(?!from)", line)}
+    assert len(shown) > 6 and shown <= there, shown - there
+
+
+def test_every_program_imports_from_here():
+    for block in PROGRAMS:
         assert re.search(r"^\+from sslkernels", block.text, re.MULTILINE), block
 
 
@@ -112,5 +122,5 @@ def test_files_that_are_named_exist():
     for name, text in TEXTS.items():
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert ((ROOT / name).parent / link).exists(), f"{name}: {link}"
-        for path in re.findall(r"`((?:csrc|tests|sslkernels|bench)/[\w./]+)`", text):
+        for path in re.findall(r"`((?:csrc|tests|sslkernels|bench|examples)/[\w./]+)`", text):
             assert (ROOT / path).exists(), f"{name}: {path}"
