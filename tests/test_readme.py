@@ -17,7 +17,9 @@ ERRORS = "docs/errors.md"  # its blocks end in the errors that their headings sh
 FRAGMENTS = "docs/migration-masking.md"  # its diffs but the first are parts of programs that stand elsewhere
 PROGRAMS = [block for block in blocks("diff") if block.page != FRAGMENTS or block.text.startswith("-from")]
 # tests have timm, and torch itself: programs that come from these can be run as they are before the change
-BEFORE_IS_INSTALLED = [block for block in PROGRAMS if re.search("^-from (timm|torch)", block.text, re.MULTILINE)]
+BEFORE_IS_INSTALLED = [
+    block for block in PROGRAMS if set(re.findall(r"^-from (\w+)", block.text, re.MULTILINE)) <= {"timm", "torch"}
+]
 
 
 def commands() -> list[str]:
