@@ -25,6 +25,10 @@ INCLUDED = {
     "tests/triton_resources.md": "triton-resources.md",
     "tests/cuda_resources.md": "cuda-resources.md",
 }
+# where an equation needs the thin space that TeX puts beside the name of a function
+BESIDE_FUNCTION = re.compile(
+    "(?<=</mi>)(?=<mi>(?:exp|log|cos)</mi>)|(?<=<mi>(?:exp|log|cos)</mi>)(?=<m(?:frac|sub|i|under)>)"
+)
 NO_FIGURE = "There is no figure yet. `sslkernels bench` measures it on your machine."
 
 _homes: dict[str, str] = {}  # public name: page that has it
@@ -68,8 +72,9 @@ def on_page_content(content, page, config, files):
 
 def _equation(match: re.Match) -> str:
     display = "inline" if match[2] == "(" else "block"
+    # the converter knows only brackets as large as what they hold
     latex = re.sub(r"\\Big([lr])", lambda side: {"l": r"\left", "r": r"\right"}[side[1]], html.unescape(match[3]))
-    return convert(latex.strip(), display=display)  # of sizes it knows those that follow from the contents
+    return BESIDE_FUNCTION.sub('<mspace width="0.17em"/>', convert(latex.strip(), display=display))
 
 
 def _address(name: str) -> str | None:
