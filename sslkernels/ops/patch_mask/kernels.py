@@ -32,7 +32,7 @@ class Config:
     chunk: int = 1024  # tokens that are chosen from at a time: more need more registers than gfx942 has for masks
     sorted: int = 1024  # kept tokens that are sorted in registers: more take seconds to compile
     per_warp: int = 128  # tokens or pairs of them that a warp has
-    tile_bytes: int = 16384  # moved by a program, and in flight together
+    tile_bytes: int = 8192  # moved by a program, and in flight together
     columns: int = 1024  # of a tile, at most
     sum_rows: int = 8  # tokens that a program sums over samples
     sum_columns: int = 128
@@ -61,9 +61,12 @@ def _tile(rows: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
     return {"ROWS": min(most, triton.next_power_of_2(rows)), "COLS": cols}
 
 
-def _grid_of(rows: int, columns: int):
+def _tiles_of(out: torch.Tensor):
+    """The grid whose tiles cover (N, rows, D)."""
+    samples, rows, columns = out.shape
+
     def grid(meta):
-        return triton.cdiv(rows, meta["ROWS"]), triton.cdiv(columns, meta["COLS"])
+        return samples, triton.cdiv(rows, meta["ROWS"]), triton.cdiv(columns, meta["COLS"])
 
     return grid
 
@@ -180,8 +183,8 @@ def _gather(x, ids, num_prefix, nan):
     out = x.new_empty(samples, num_prefix + kept, columns)
     if out.numel():
         with torch.cuda.device_of(x):
-            _gather_tokens_fwd_kernel[_grid_of(rows, columns)](
-                x_ptr=x, ids_ptr=ids.contiguous(), out_ptr=out, R=rows, K=kept, L=tokens - num_prefix, P=num_prefix,
+            _gather_tokens_fwd_kernel[_tiles_of(out)](
+                x_ptr=x, ids_ptr=ids.contiguous(), out_ptr=out, K=kept, L=tokens - num_prefix, P=num_prefix,
                 D=columns, stride_xn=x.stride(0), stride_xl=x.stride(1), NAN=nan, **_tile(rows, columns, x.dtype),
             )  # fmt: skip
     return out
@@ -196,8 +199,8 @@ def gather_tokens_bwd(grad, ids, tokens, num_prefix):
     if out.numel():
         with torch.cuda.device_of(grad):
             ascending, order = ids.contiguous().sort(dim=1, stable=True)
-            _gather_tokens_bwd_kernel[_grid_of(rows, columns)](
-                grad_ptr=grad, sorted_ptr=ascending, order_ptr=order, out_ptr=out, R=rows, K=ids.shape[1],
+            _gather_tokens_bwd_kernel[_tiles_of(out)](
+                grad_ptr=grad, ascending_ptr=ascending, order_ptr=order, out_ptr=out, K=ids.shape[1],
                 L=tokens, P=num_prefix, D=columns, stride_gn=grad.stride(0), stride_gl=grad.stride(1),
                 COMPUTE=COMPUTE[grad.dtype], **_tile(rows, columns, grad.dtype),
             )  # fmt: skip
@@ -213,10 +216,10 @@ def restore_tokens_fwd(x, ids_restore, mask_token, pos_embed, num_prefix):
     out = x.new_empty(samples, num_prefix + tokens, columns)
     if out.numel():
         with torch.cuda.device_of(x):
-            _restore_tokens_fwd_kernel[_grid_of(rows, columns)](
+            _restore_tokens_fwd_kernel[_tiles_of(out)](
                 x_ptr=x, ids_restore_ptr=ids_restore.contiguous(),
                 mask_token_ptr=x if mask_token is None else mask_token.contiguous(),
-                pos_ptr=x if pos_embed is None else pos_embed.contiguous(), out_ptr=out, R=rows, K=kept - num_prefix,
+                pos_ptr=x if pos_embed is None else pos_embed.contiguous(), out_ptr=out, K=kept - num_prefix,
                 L=tokens, P=num_prefix, D=columns, POS=0 if pos_embed is None else pos_embed.shape[0],
                 stride_xn=x.stride(0), stride_xl=x.stride(1), HAS_MASK_TOKEN=mask_token is not None,
                 HAS_POS=pos_embed is not None, COMPUTE=COMPUTE[x.dtype], **_tile(rows, columns, x.dtype),
@@ -294,8 +297,8 @@ def gather_patches_fwd(images, ids, patch_size):
     if out.numel():
         rows = samples * kept
         with torch.cuda.device_of(images):
-            _gather_patches_fwd_kernel[_grid_of(rows, columns)](
-                images_ptr=images, ids_ptr=ids.contiguous(), out_ptr=out, R=rows, K=kept, L=patches, D=columns,
+            _gather_patches_fwd_kernel[_tiles_of(out)](
+                images_ptr=images, ids_ptr=ids.contiguous(), out_ptr=out, K=kept, L=patches, D=columns,
                 **geometry, **_tile(rows, columns, images.dtype),
             )  # fmt: skip
     return out
@@ -311,8 +314,8 @@ def gather_patches_bwd(grad, ids, image_shape, patch_size):
         rows = samples * patches
         with torch.cuda.device_of(grad):
             ascending, order = ids.contiguous().sort(dim=1, stable=True)
-            _gather_patches_bwd_kernel[_grid_of(rows, columns)](
-                grad_ptr=grad, sorted_ptr=ascending, order_ptr=order, images_ptr=images, R=rows, K=kept, L=patches,
+            _gather_patches_bwd_kernel[_tiles_of(out)](
+                grad_ptr=grad, ascending_ptr=ascending, order_ptr=order, images_ptr=images, K=kept, L=patches,
                 D=columns, stride_gn=grad.stride(0), stride_gl=grad.stride(1), **geometry,
                 COMPUTE=COMPUTE[grad.dtype], **_tile(rows, columns, grad.dtype),
             )  # fmt: skip
