@@ -53,22 +53,19 @@ def _warps(elements: int) -> int:
     return min(8, max(1, elements // CONFIG.per_warp))
 
 
-def _tile(rows: int, columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """ROWS and COLS: whole columns where their number has a large power of two as a factor, as most widths do."""
+def _tiles(samples: int, rows: int, columns: int, dtype: torch.dtype):
+    """The grid whose tiles cover (samples, rows, columns), and ROWS and COLS of a tile.
+
+    Most widths have a large power of two as a factor: tiles that divide them waste no lanes.
+    """
     factor = columns & -columns
-    cols = min(max(factor, 128), CONFIG.columns, triton.next_power_of_2(columns))
-    most = max(1, CONFIG.tile_bytes // dtype.itemsize // cols)
-    return {"ROWS": min(most, triton.next_power_of_2(rows)), "COLS": cols}
-
-
-def _tiles_of(out: torch.Tensor):
-    """The grid whose tiles cover (N, rows, D)."""
-    samples, rows, columns = out.shape
+    width = min(max(factor, 128), CONFIG.columns, triton.next_power_of_2(columns))
+    height = min(max(1, CONFIG.tile_bytes // dtype.itemsize // width), triton.next_power_of_2(rows))
 
     def grid(meta):
-        return samples, triton.cdiv(rows, meta["ROWS"]), triton.cdiv(columns, meta["COLS"])
+        return samples * triton.cdiv(rows, meta["ROWS"]), triton.cdiv(columns, meta["COLS"])
 
-    return grid
+    return grid, {"ROWS": height, "COLS": width}
 
 
 def _readable(x: torch.Tensor) -> torch.Tensor:
@@ -179,13 +176,13 @@ def _gather(x, ids, num_prefix, nan):
     x = _readable(x)
     samples, tokens, columns = x.shape
     kept = ids.shape[1]
-    rows = samples * (num_prefix + kept)
     out = x.new_empty(samples, num_prefix + kept, columns)
     if out.numel():
+        grid, tile = _tiles(*out.shape, x.dtype)
         with torch.cuda.device_of(x):
-            _gather_tokens_fwd_kernel[_tiles_of(out)](
+            _gather_tokens_fwd_kernel[grid](
                 x_ptr=x, ids_ptr=ids.contiguous(), out_ptr=out, K=kept, L=tokens - num_prefix, P=num_prefix,
-                D=columns, stride_xn=x.stride(0), stride_xl=x.stride(1), NAN=nan, **_tile(rows, columns, x.dtype),
+                D=columns, stride_xn=x.stride(0), stride_xl=x.stride(1), NAN=nan, **tile,
             )  # fmt: skip
     return out
 
@@ -194,15 +191,15 @@ def gather_tokens_bwd(grad, ids, tokens, num_prefix):
     """``sslkernels::gather_tokens_bwd`` on a GPU: each token sums the run of its id in the sorted ids, in order."""
     grad = _readable(grad)
     samples, _, columns = grad.shape
-    rows = samples * (num_prefix + tokens)
     out = grad.new_empty(samples, num_prefix + tokens, columns)
     if out.numel():
+        grid, tile = _tiles(*out.shape, grad.dtype)
         with torch.cuda.device_of(grad):
             ascending, order = ids.contiguous().sort(dim=1, stable=True)
-            _gather_tokens_bwd_kernel[_tiles_of(out)](
+            _gather_tokens_bwd_kernel[grid](
                 grad_ptr=grad, ascending_ptr=ascending, order_ptr=order, out_ptr=out, K=ids.shape[1],
                 L=tokens, P=num_prefix, D=columns, stride_gn=grad.stride(0), stride_gl=grad.stride(1),
-                COMPUTE=COMPUTE[grad.dtype], **_tile(rows, columns, grad.dtype),
+                COMPUTE=COMPUTE[grad.dtype], **tile,
             )  # fmt: skip
     return out
 
@@ -212,17 +209,17 @@ def restore_tokens_fwd(x, ids_restore, mask_token, pos_embed, num_prefix):
     x = _readable(x)
     samples, kept, columns = x.shape
     tokens = ids_restore.shape[1]
-    rows = samples * (num_prefix + tokens)
     out = x.new_empty(samples, num_prefix + tokens, columns)
     if out.numel():
+        grid, tile = _tiles(*out.shape, x.dtype)
         with torch.cuda.device_of(x):
-            _restore_tokens_fwd_kernel[_tiles_of(out)](
+            _restore_tokens_fwd_kernel[grid](
                 x_ptr=x, ids_restore_ptr=ids_restore.contiguous(),
                 mask_token_ptr=x if mask_token is None else mask_token.contiguous(),
                 pos_ptr=x if pos_embed is None else pos_embed.contiguous(), out_ptr=out, K=kept - num_prefix,
                 L=tokens, P=num_prefix, D=columns, POS=0 if pos_embed is None else pos_embed.shape[0],
                 stride_xn=x.stride(0), stride_xl=x.stride(1), HAS_MASK_TOKEN=mask_token is not None,
-                HAS_POS=pos_embed is not None, COMPUTE=COMPUTE[x.dtype], **_tile(rows, columns, x.dtype),
+                HAS_POS=pos_embed is not None, COMPUTE=COMPUTE[x.dtype], **tile,
             )  # fmt: skip
     return out
 
@@ -258,7 +255,7 @@ def _partial_sums(grad, ids_restore, num_keep, need_mask_token, need_pos):
     pos_sums = grad.new_empty(parts, length if need_pos else 0, columns, dtype=compute)
 
     def grid(meta):
-        return blocks, triton.cdiv(columns, meta["COLS"]), parts
+        return parts * blocks, triton.cdiv(columns, meta["COLS"])
 
     if grad.numel():
         with torch.cuda.device_of(grad):
@@ -295,11 +292,11 @@ def gather_patches_fwd(images, ids, patch_size):
     columns = images.shape[1] * math.prod(patch_size)
     out = images.new_empty(samples, kept, columns)
     if out.numel():
-        rows = samples * kept
+        grid, tile = _tiles(*out.shape, images.dtype)
         with torch.cuda.device_of(images):
-            _gather_patches_fwd_kernel[_tiles_of(out)](
+            _gather_patches_fwd_kernel[grid](
                 images_ptr=images, ids_ptr=ids.contiguous(), out_ptr=out, K=kept, L=patches, D=columns,
-                **geometry, **_tile(rows, columns, images.dtype),
+                **geometry, **tile,
             )  # fmt: skip
     return out
 
@@ -311,12 +308,12 @@ def gather_patches_bwd(grad, ids, image_shape, patch_size):
     images = grad.new_empty(image_shape)
     patches, geometry = _geometry(images, patch_size)
     if images.numel():
-        rows = samples * patches
+        grid, tile = _tiles(samples, patches, columns, grad.dtype)
         with torch.cuda.device_of(grad):
             ascending, order = ids.contiguous().sort(dim=1, stable=True)
-            _gather_patches_bwd_kernel[_tiles_of(out)](
+            _gather_patches_bwd_kernel[grid](
                 grad_ptr=grad, ascending_ptr=ascending, order_ptr=order, images_ptr=images, K=kept, L=patches,
                 D=columns, stride_gn=grad.stride(0), stride_gl=grad.stride(1), **geometry,
-                COMPUTE=COMPUTE[grad.dtype], **_tile(rows, columns, grad.dtype),
+                COMPUTE=COMPUTE[grad.dtype], **tile,
             )  # fmt: skip
     return images

@@ -5,11 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile(ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A program's sample, and the rows and columns of its tile."""
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(2) * COLS + tl.arange(0, COLS)
-    return tl.program_id(0).to(tl.int64), row.to(tl.int64), column
+def _tile(LENGTH, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A program's sample, and the rows, of which it has LENGTH, and columns of its tile."""
+    blocks = (LENGTH + ROWS - 1) // ROWS
+    row = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    return (tl.program_id(0) // blocks).to(tl.int64), row.to(tl.int64), column
 
 
 @triton.jit
@@ -18,7 +19,7 @@ def _gather_tokens_fwd_kernel(
     NAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """out[n, P + k] = x[n, P + ids[n, k]]; for ids outside [0, L) it is NaN, or 0 without NAN."""
-    sample, row, column = _tile(ROWS, COLS)
+    sample, row, column = _tile(P + K, ROWS, COLS)
     inside = (row < P + K)[:, None] & (column < D)[None, :]
     chosen = (row >= P) & (row < P + K)
     token = tl.load(ids_ptr + sample * K + row - P, mask=chosen, other=0)
@@ -34,7 +35,7 @@ def _restore_tokens_fwd_kernel(
     HAS_MASK_TOKEN: tl.constexpr, HAS_POS: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Kept tokens at their places, the mask token or 0 elsewhere; and to the last POS rows their positions."""
-    sample, row, column = _tile(ROWS, COLS)
+    sample, row, column = _tile(P + L, ROWS, COLS)
     inside = (row < P + L)[:, None] & (column < D)[None, :]
     listed = (row >= P) & (row < P + L)
     place = tl.load(ids_restore_ptr + sample * L + row - P, mask=listed, other=0)
@@ -59,7 +60,7 @@ def _restore_tokens_bwd_kernel(
     HAS_MASK_TOKEN: tl.constexpr, HAS_POS: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Sums over SAMPLES samples of ROWS tokens: a row of mask_token_sums, and for each token one of pos_sums."""
-    part, row, column = _tile(ROWS, COLS)
+    part, row, column = _tile(P + L, ROWS, COLS)
     inside = (row < P + L)[:, None] & (column < D)[None, :]
     listed = (row >= P) & (row < P + L)
     source = grad_ptr + (row * stride_gl)[:, None] + column[None, :]
@@ -74,7 +75,7 @@ def _restore_tokens_bwd_kernel(
             removed = listed & ((place < 0) | (place >= K))
             removed_sum += tl.where(removed[:, None], grad, 0.0)
     if HAS_MASK_TOKEN:
-        block = part * tl.num_programs(1) + tl.program_id(1)
+        block = tl.program_id(0).to(tl.int64)
         tl.store(mask_token_sums_ptr + block * D + column, tl.sum(removed_sum, 0), mask=column < D)
     if HAS_POS:
         tl.store(pos_sums_ptr + part * (P + L) * D + (row * D)[:, None] + column[None, :], pos_sum, mask=inside)
@@ -87,8 +88,8 @@ def _below(ascending_ptr, bound, K):
     high = low + K
     while tl.max(high - low) > 0:
         middle = (low + high) // 2
-        below = tl.load(ascending_ptr + middle, mask=low < high, other=0) < bound
         searched = low < high
+        below = tl.load(ascending_ptr + middle, mask=searched, other=0) < bound
         low = tl.where(searched & below, middle + 1, low)
         high = tl.where(searched & (below == 0), middle, high)
     return low
@@ -116,7 +117,7 @@ def _gather_tokens_bwd_kernel(
     COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """ascending: the ids of each sample, sorted; order: the places they had."""
-    sample, row, column = _tile(ROWS, COLS)
+    sample, row, column = _tile(P + L, ROWS, COLS)
     inside = (row < P + L)[:, None] & (column < D)[None, :]
     grad_ptr += sample * stride_gn
     total = _sum_of_run(
@@ -150,13 +151,11 @@ def _gather_patches_fwd_kernel(
     PATCH_T: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """out[n, k] = patch ids[n, k] of image n; NaN for ids outside [0, L)."""
-    sample, row, element = _tile(ROWS, COLS)
+    sample, row, element = _tile(K, ROWS, COLS)
     inside = (row < K)[:, None] & (element < D)[None, :]
     patch = tl.load(ids_ptr + sample * K + row, mask=row < K, other=0)
     good = (patch >= 0) & (patch < L)
-    pixels = _pixels(
-        patch, element, GRID_H, GRID_W, stride_c, stride_t, stride_h, stride_w, PATCH_T, PATCH_H, PATCH_W
-    )
+    pixels = _pixels(patch, element, GRID_H, GRID_W, stride_c, stride_t, stride_h, stride_w, PATCH_T, PATCH_H, PATCH_W)
     x = tl.load(images_ptr + sample * stride_n + pixels, mask=inside & good[:, None], other=float("nan"))
     tl.store(out_ptr + sample * K * D + (row * D)[:, None] + element[None, :], x, mask=inside)
 
@@ -168,13 +167,11 @@ def _gather_patches_bwd_kernel(
     PATCH_W: tl.constexpr, COMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Every patch of the images, which is 0 where it was not chosen; arguments as in _gather_tokens_bwd_kernel."""
-    sample, patch, element = _tile(ROWS, COLS)
+    sample, patch, element = _tile(L, ROWS, COLS)
     inside = (patch < L)[:, None] & (element < D)[None, :]
     total = _sum_of_run(
         grad_ptr + sample * stride_gn, ascending_ptr + sample * K, order_ptr + sample * K, patch, element, K, 0, D,
         stride_gl, COMPUTE, ROWS, COLS,
     )  # fmt: skip
-    pixels = _pixels(
-        patch, element, GRID_H, GRID_W, stride_c, stride_t, stride_h, stride_w, PATCH_T, PATCH_H, PATCH_W
-    )
+    pixels = _pixels(patch, element, GRID_H, GRID_W, stride_c, stride_t, stride_h, stride_w, PATCH_T, PATCH_H, PATCH_W)
     tl.store(images_ptr + sample * stride_n + pixels, total.to(images_ptr.dtype.element_ty), mask=inside)
