@@ -30,7 +30,8 @@ def seed_tensor(op: str, seed, generator: torch.Generator | None, device: torch.
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must be in [-2**63, 2**64), got {seed}")
     if seed >= 2**63:
-        seed -= 2**64  # the same 64 bits
+        (seed,) = {seed}  # at its value in the compiler, whose integers have 64 bits and a sign
+        seed -= 2**64
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
@@ -52,13 +53,9 @@ def samples(op: str, sample_ids, batch_size: int, device: torch.device) -> torch
 
 def device_of(op: str, device, *tensors) -> torch.device:
     """The device of a mask that no data goes with: as given, else that of the first tensor, else the default one."""
-    if device is not None:
-        # of "cuda" a tensor knows the index
-        return torch.empty(0, device=device).device
-    for tensor in tensors:
-        if isinstance(tensor, torch.Tensor):
-            return tensor.device
-    return torch.get_default_device()
+    if device is None:
+        device = next((tensor.device for tensor in tensors if isinstance(tensor, torch.Tensor)), None)
+    return torch.empty(0, device=device).device  # of None and of "cuda" a tensor knows which one it is
 
 
 def refuse(op: str, instead: str, **given) -> None:
