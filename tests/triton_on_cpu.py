@@ -122,7 +122,7 @@ def _grid(grid, meta: dict) -> tuple[int, int, int]:
 class _OnGPU(TorchDispatchMode):
     """Sends our operators to their Triton launchers, which must not read the device's memory on the host.
 
-    Fills fresh memory with NaN or the largest integer.
+    Fills fresh memory with NaN or the largest integer; where kernels are not run, with zeros, which are valid ids.
     """
 
     FRESH = (
@@ -137,7 +137,8 @@ class _OnGPU(TorchDispatchMode):
         super().__init__()
         self.launchers = launchers()
         self.launching = False
-        self.reachable = [] if reachable is None else reachable  # the memory of the operator's arguments
+        self.runs = reachable is not None
+        self.reachable = reachable if self.runs else []  # the memory of the operator's arguments
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.launchers:
@@ -153,7 +154,9 @@ class _OnGPU(TorchDispatchMode):
             raise RuntimeError("a launcher reads a tensor's value on the host, which would wait for the GPU")
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in self.FRESH:
-            if out.is_floating_point():
+            if not self.runs:
+                out.zero_()
+            elif out.is_floating_point():
                 out.fill_(torch.nan)
             else:
                 out.fill_(True if out.dtype == torch.bool else torch.iinfo(out.dtype).max)

@@ -168,11 +168,11 @@ def random_masking_fwd(x, seed, sample_ids, scores, num_keep, num_prefix, ordere
 
 def gather_tokens_fwd(x, ids, num_prefix):
     """``sslkernels::gather_tokens_fwd`` on a GPU."""
-    return _gather(x, ids, num_prefix, nan=True)
+    return _gather(x, ids, num_prefix, math.nan)
 
 
-def _gather(x, ids, num_prefix, nan):
-    """Chosen tokens; ids out of range give NaN, or zeros."""
+def _gather(x, ids, num_prefix, fill):
+    """Chosen tokens; ids out of range give rows of fill."""
     x = _readable(x)
     samples, tokens, columns = x.shape
     kept = ids.shape[1]
@@ -182,7 +182,7 @@ def _gather(x, ids, num_prefix, nan):
         with torch.cuda.device_of(x):
             _gather_tokens_fwd_kernel[grid](
                 x_ptr=x, ids_ptr=ids.contiguous(), out_ptr=out, K=kept, L=tokens - num_prefix, P=num_prefix,
-                D=columns, stride_xn=x.stride(0), stride_xl=x.stride(1), NAN=nan, **tile,
+                D=columns, stride_xn=x.stride(0), stride_xl=x.stride(1), fill=fill, **tile,
             )  # fmt: skip
     return out
 
@@ -231,7 +231,7 @@ def restore_tokens_bwd(grad, ids_restore, num_keep, num_prefix, pos_tokens, need
     if need_x:
         with torch.cuda.device_of(grad):
             ids_keep = _inverse(ids_restore, num_keep)
-        grad_x = _gather(grad, ids_keep, num_prefix, nan=False)
+        grad_x = _gather(grad, ids_keep, num_prefix, 0.0)
     if need_mask_token or pos_tokens:
         mask_token_sums, pos_sums = _partial_sums(grad, ids_restore, num_keep, need_mask_token, pos_tokens > 0)
         if need_mask_token:

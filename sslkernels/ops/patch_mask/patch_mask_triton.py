@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-STREAM = tl.constexpr(2)  # the last word of a Philox counter: no other op draws the same numbers
+from sslkernels.philox import PATCH_MASK_STREAM
+
+STREAM = tl.constexpr(PATCH_MASK_STREAM)
 DIGIT = tl.constexpr(8)  # bits of a key that one pass settles
 LAST = tl.constexpr(2**63 - 1)  # behind every key and index
 
@@ -22,9 +24,10 @@ def _random_keys(start, seed, sample, CHUNK: tl.constexpr):
 @triton.jit
 def _score_keys(score):
     """Unsigned numbers in the order of fp32 scores: -0 equals 0, and NaN comes last."""
-    bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)
-    keys = tl.where(bits >> 31 == 0, bits | 0x80000000, bits ^ 0xFFFFFFFF)
-    return tl.where(score == score, keys, 0xFFFFFFFF)
+    bits = score.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    keys = tl.where(bits == magnitude, 0x80000000 + magnitude, 0x80000000 - magnitude)
+    return tl.where(magnitude > 0x7F800000, 0xFFFFFFFF, keys)
 
 
 @triton.jit

@@ -15,17 +15,16 @@ def _tile(LENGTH, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def _gather_tokens_fwd_kernel(
-    x_ptr, ids_ptr, out_ptr, K, L, P, D, stride_xn, stride_xl,
-    NAN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """out[n, P + k] = x[n, P + ids[n, k]]; for ids outside [0, L) it is NaN, or 0 without NAN."""
+    x_ptr, ids_ptr, out_ptr, K, L, P, D, stride_xn, stride_xl, fill, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """out[n, P + k] = x[n, P + ids[n, k]]; for ids outside [0, L) it is `fill`."""
     sample, row, column = _tile(P + K, ROWS, COLS)
     inside = (row < P + K)[:, None] & (column < D)[None, :]
     chosen = (row >= P) & (row < P + K)
     token = tl.load(ids_ptr + sample * K + row - P, mask=chosen, other=0)
     good = (chosen == 0) | (token >= 0) & (token < L)
     source = x_ptr + sample * stride_xn + (tl.where(chosen, P + token, row) * stride_xl)[:, None] + column[None, :]
-    x = tl.load(source, mask=inside & good[:, None], other=float("nan") if NAN else 0.0)
+    x = tl.load(source, mask=inside & good[:, None], other=fill)
     tl.store(out_ptr + sample * (P + K) * D + (row * D)[:, None] + column[None, :], x, mask=inside)
 
 
