@@ -19,7 +19,7 @@ SEED = 2**63 + 17
 CASES = [(spec, case) for spec in OPS for case in spec.tagged("verify")]
 LENGTHS = (1, 5, 10, 49, 197)
 # samples, prefix, tokens, kept, columns
-ROWS = ((3, 0, 10, 4, 5), (2, 1, 49, 12, 33), (3, 3, 7, 7, 129), (1, 2, 6, 0, 4))
+ROWS = ((3, 0, 10, 4, 5), (2, 1, 49, 12, 33), (2, 3, 7, 7, 129), (1, 2, 6, 0, 4))
 
 
 def seed_of(number):
@@ -62,9 +62,8 @@ def mask_arguments(samples, tokens, kept, ordered=False, *, sample_ids=None, sco
     ids=lambda value: getattr(value, "name", value),
 )
 def test_public_functions_are_as_exact_as_eager(spec, case, target):
-    for dtype in spec.dtypes[:2]:
-        with interpret(target, order_seed=0):
-            assert_op_close(spec, case, dtype)
+    with interpret(target, order_seed=0):
+        assert_op_close(spec, case, spec.dtypes[0])
 
 
 # ---- which tokens stay
@@ -73,7 +72,7 @@ def test_public_functions_are_as_exact_as_eager(spec, case, target):
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_masks_are_those_of_the_definition(tokens, ordered):
-    for kept, target in zip(sorted({0, 1, tokens // 4, tokens}), cycle(TARGETS), strict=False):
+    for kept, target in zip(sorted({0, tokens // 4, tokens}), cycle(TARGETS), strict=False):
         check("patch_mask_fwd", *mask_arguments(3, tokens, kept, ordered), target=target)
 
 
@@ -91,7 +90,8 @@ def test_long_rows_are_chosen_from_in_chunks(ordered):
     assert [launch.arguments["SORT"] for launch in launches[1:]] == ([] if ordered else [False])
 
 
-def test_65536_tokens():
+def test_65536_tokens(monkeypatch):
+    monkeypatch.setattr(triton_ops, "CONFIG", replace(triton_ops.CONFIG, chunk=8192))  # sooner interpreted
     check("patch_mask_fwd", *mask_arguments(1, 65536, 16384))
 
 
@@ -99,9 +99,9 @@ def test_65536_tokens():
 def test_equal_scores_are_kept_in_the_order_of_their_index(ordered, monkeypatch):
     monkeypatch.setattr(triton_ops, "CONFIG", replace(triton_ops.CONFIG, chunk=64))
     scores = numbers(4, 3, 200).float() - 2  # each in every chunk
-    scores[scores == 0] *= torch.tensor([1.0, -1.0]).repeat(sum(scores.flatten() == 0))[: sum(scores.flatten() == 0)]
+    scores[:, ::2] *= -1
     scores[1] = 7
-    for kept in (1, 20, 77, 199):
+    for kept in (1, 77, 199):
         check("patch_mask_fwd", *mask_arguments(3, 200, kept, ordered, scores=scores))
 
 
@@ -109,7 +109,7 @@ def test_scores_that_are_no_usual_numbers():
     smallest = torch.finfo(torch.float32).smallest_normal
     row = [torch.inf, torch.nan, -0.0, 1.0, 0.0, -torch.inf, smallest / 2, -smallest / 4, -torch.nan, -1e38, 3e38, -1.0]
     scores = torch.tensor([row, row[::-1]])
-    for kept in range(len(row) + 1):
+    for kept in (1, 3, 5, 9, 10, 11, 12):
         check("patch_mask_fwd", *mask_arguments(2, len(row), kept, scores=scores.T.contiguous().T))
 
 
@@ -141,8 +141,7 @@ def test_tokens_are_moved_exactly(samples, prefix, tokens, kept, columns, dtype)
     )[0]
     check("gather_tokens_fwd", x, ids_keep, prefix)
     mask_token, pos_embed = random(columns, dtype=dtype, seed=1), random(prefix + tokens, columns, dtype=dtype, seed=2)
-    embeddings = (None, pos_embed, pos_embed[prefix:])
-    for token, pos in product((None, mask_token), embeddings):
+    for token, pos in ((None, None), (mask_token, pos_embed), (mask_token, None), (None, pos_embed[prefix:])):
         check("restore_tokens_fwd", x[:, : prefix + kept], ids_restore, token, pos, prefix)
 
 
@@ -286,7 +285,7 @@ def test_nothing(samples, tokens, kept, columns):
     check("gather_tokens_bwd", x[:, :kept], ids, tokens, 0)
     ids_restore = torch.arange(tokens).expand(samples, tokens)
     check("restore_tokens_fwd", x[:, :kept], ids_restore, None, None, 0)
-    check("restore_tokens_bwd", x, ids_restore, kept, 0, tokens, True, True)
+    check("restore_tokens_bwd", torch.ones_like(x), ids_restore, kept, 0, tokens, True, True)
     check("gather_patches_fwd", random(samples, columns, 2, 6), ids, (2, 2))
     check("gather_patches_bwd", random(samples, kept, columns * 4), ids, (samples, columns, 2, 6), (2, 2))
 

@@ -176,7 +176,7 @@ def _scattered(grad, ids, tokens: int):
     compute = torch.promote_types(grad.dtype, torch.float32)
     out = torch.zeros(samples * (tokens + 1), columns, dtype=compute, device=grad.device)
     rows = (ids + (tokens + 1) * torch.arange(samples, device=ids.device)[:, None]).flatten()
-    source = grad.to(compute).reshape(-1, columns)
+    source = grad.to(compute).flatten(0, 1)
     # of the two, one is deterministic on a CPU and one on a GPU
     out = out.index_add(0, rows, source) if grad.device.type == "cpu" else out.index_put((rows,), source, True)
     return out.view(samples, tokens + 1, columns)[:, :tokens].to(grad.dtype)
