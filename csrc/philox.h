@@ -14,7 +14,7 @@
 namespace sslkernels {
 
 // The last word of a counter: no two ops draw the same numbers.
-enum PhiloxStream : uint32_t { kPhiloxEma = 1 };
+enum PhiloxStream : uint32_t { kPhiloxEma = 1, kPhiloxPatchMask = 2 };
 
 // The products of 32-bit words with a constant, in halves.
 struct PhiloxScalar {
