@@ -14,7 +14,13 @@
 namespace sslkernels {
 
 // The last word of a counter: no two ops draw the same numbers.
-enum PhiloxStream : uint32_t { kPhiloxEma = 1, kPhiloxPatchMask = 2 };
+enum PhiloxStream : uint32_t {
+  kPhiloxEma = 1,
+  kPhiloxPatchMask = 2,
+  kPhiloxBlockMask = 3,
+  kPhiloxMultiBlockMask = 4,
+  kPhiloxSpanMask = 5,
+};
 
 // The products of 32-bit words with a constant, in halves.
 struct PhiloxScalar {

@@ -82,3 +82,15 @@ def _cuda_backend(found: list[str], has_cuda: bool) -> Backend:
         absent["triton"] = triton_error()
     active, *besides = found or ["reference"]
     return Backend(active, absent, tuple(besides))
+
+
+def check_backend(op: str, backend: str | None, device: str) -> None:
+    """Refuse a backend that does not serve an op on this type of device, saying why."""
+    if backend in (None, "reference"):
+        return
+    available = backends()[op].get(device)
+    if available is None or backend not in (available.active, *available.besides):
+        reason = available.absent.get(backend) if available else None
+        raise RuntimeError(
+            f"{op}: backend {backend!r} is not available on {device}: {reason or 'there is none of that name'}"
+        )

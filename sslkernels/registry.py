@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-SLICES = ("infonce", "ema")
+SLICES = ("infonce", "ema", "patch_mask")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 from sslkernels import _library
 from sslkernels.ops.ema import lists, reference
 from sslkernels.ops.ema import op as _op  # noqa: F401  registers the operator
+from sslkernels.philox import WORD
 
 Tensors = Iterable[torch.Tensor] | nn.Module
 
@@ -111,7 +112,7 @@ def _direct(teacher, student, momentum, bf16_copy, seed, step) -> bool:
     if direct is None or torch._C._get_tracing_state() is not None:
         return False
     unsigned = None if seed is None else seed & (2**64 - 1)
-    if not direct.update(teacher, student, momentum, bf16_copy, unsigned, step & reference.WORD):
+    if not direct.update(teacher, student, momentum, bf16_copy, unsigned, step & WORD):
         return False
     torch.autograd.graph.increment_version([*(teacher if momentum != 1 else []), *(bf16_copy or [])])
     return True
@@ -130,7 +131,7 @@ def _options(device, part, momentum, found_inf, seed, step) -> tuple:
     if isinstance(step, torch.Tensor):
         step = step.detach().reshape(()).to(device)
     else:
-        step = torch.full((), step & reference.WORD, dtype=torch.int64, device=device)
+        step = torch.full((), step & WORD, dtype=torch.int64, device=device)
     if not torch.compiler.is_compiling() and seed >= 2**63:
         seed -= 2**64  # the same 64 bits
     return weight, found_inf, part.bf16_copy, seed, step, part.keys

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 from sslkernels.ops.ema import reference
+from sslkernels.philox import EMA_STREAM
 
 BLOCK = 4096  # elements of one tensor that a program updates
 NUM_WARPS = 8
-STREAM = tl.constexpr(reference.PHILOX_STREAM)
+STREAM = tl.constexpr(EMA_STREAM)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 TABLES_KEPT = 16
 

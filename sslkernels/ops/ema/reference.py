@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Philox4x32-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, 2011)
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-PHILOX_ROUNDS = 10
-PHILOX_STREAM = 1  # the last counter word of this op: no other op draws the same numbers
-WORD = 0xFFFFFFFF
+from sslkernels.philox import EMA_STREAM, WORD, philox, split
 
 
 def ema_update_(teacher, student, momentum, *, bf16_copy=None, **_):
@@ -61,33 +56,13 @@ def lerp(start, end, weight):
     return torch.where(weight == 1, end, torch.where(end == start, start, moved))
 
 
-def philox(counter, key):
-    """Four 32-bit random words, as int64, for counters of four broadcastable int64 words and a key of two integers."""
-    device = counter[0].device if isinstance(counter[0], torch.Tensor) else None
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, device=device) for word in counter))
-    k0, k1 = key
-    for _ in range(PHILOX_ROUNDS):
-        high0, low0 = _multiply_wide(c0, PHILOX_MULTIPLIERS[0])
-        high1, low1 = _multiply_wide(c2, PHILOX_MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + PHILOX_KEY_STEPS[0]) & WORD, (k1 + PHILOX_KEY_STEPS[1]) & WORD
-    return c0, c1, c2, c3
-
-
-def _multiply_wide(word, multiplier: int):
-    """High and low 32 bits of a product of 32-bit numbers, whose 64 bits int64 cannot hold."""
-    upper = (word >> 16) * multiplier
-    lower = (word & 0xFFFF) * multiplier + ((upper & 0xFFFF) << 16)
-    return ((upper >> 16) + (lower >> 32)) & WORD, lower & WORD
-
-
 def random_16_bits(shape, device, seed: int, step, tensor: int, first: int):
     """16 random bits for each element: eight elements, in row-major order from ``first`` on, share a Philox counter."""
     count = 1
     for size in shape:
         count *= size
     element = torch.arange(first, first + count, device=device)
-    words = philox((element >> 3 & WORD, tensor, step & WORD, PHILOX_STREAM), (seed & WORD, seed >> 32 & WORD))
+    words = philox((element >> 3 & WORD, tensor, step & WORD, EMA_STREAM), split(seed))
     word = torch.stack(words, 1)[torch.arange(count, device=device), element >> 1 & 3] if count else element
     return (word >> ((element & 1) << 4) & 0xFFFF).view(shape)
 

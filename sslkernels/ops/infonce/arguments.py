@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from sslkernels import _library
+from sslkernels._library import check_backend  # noqa: F401  for the losses, beside the other checks
 
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -79,17 +79,6 @@ def check_fraction(op: str, argument: str, value, below: float = 1.0) -> None:
         raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}")
     if not 0 <= value < below:
         raise ValueError(f"{op}: {argument} must be in [0, {below:g}), got {value}")
-
-
-def check_backend(op: str, backend: str | None, device: str) -> None:
-    if backend in (None, "reference"):
-        return
-    available = _library.backends()[op].get(device)
-    if available is None or backend not in (available.active, *available.besides):
-        reason = available.absent.get(backend) if available else None
-        raise RuntimeError(
-            f"{op}: backend {backend!r} is not available on {device}: {reason or 'there is none of that name'}"
-        )
 
 
 class Scalar(NamedTuple):
