@@ -161,7 +161,7 @@ struct Lists {
   const uint64_t* words;
   int64_t count;
 
-  // The first word of the sample that is not below `id` and position 0.
+  // The first word of the sample whose id is not below this one.
   __host__ __device__ int64_t first(int64_t sample, int64_t id) const {
     const uint64_t* const of_sample = words + sample * count;
     int64_t low = 0, high = count;
@@ -173,6 +173,12 @@ struct Lists {
         high = middle;
     }
     return low;
+  }
+  // The first word from `begin` on that is of another id.
+  __host__ __device__ int64_t end(int64_t sample, int64_t id, int64_t begin) const {
+    const uint64_t* const of_sample = words + sample * count;
+    while (begin < count && of_sample[begin] >> 32 == static_cast<uint64_t>(id)) begin++;
+    return begin;
   }
   __host__ __device__ int64_t position(int64_t sample, int64_t word) const {
     return static_cast<int64_t>(words[sample * count + word] & 0xffffffff);
@@ -241,7 +247,7 @@ __global__ void __launch_bounds__(kRowThreads)
   each_row(rows, [&](int64_t sample, int64_t row) {
     const bool is_prefix = row < prefix;
     const int64_t begin = is_prefix ? 0 : lists.first(sample, row - prefix);
-    const int64_t end = is_prefix ? 1 : lists.first(sample, row - prefix + 1);
+    const int64_t end = is_prefix ? 1 : lists.end(sample, row - prefix, begin);
     char* const target = to.row(sample, row);
     const auto source = [&](int64_t i) {
       return grad.row(sample, is_prefix ? row : prefix + lists.position(sample, i));

@@ -29,6 +29,10 @@ struct Selection {
   int64_t* ids_restore;
   bool* mask;
 
+  // Where a sample begins in what has an element for each token, and in ids_keep.
+  __host__ __device__ int64_t first_token(int64_t sample) const { return sample * tokens; }
+  __host__ __device__ int64_t first_kept(int64_t sample) const { return sample * num_keep; }
+
   __host__ __device__ uint32_t groups() const { return static_cast<uint32_t>((tokens + kGroup - 1) / kGroup); }
   __host__ __device__ bool cached() const { return groups() <= kCachedBytes / 16; }
   // Words in shared memory: all that are kept, a chunk of them, or none where their order does not matter.
@@ -53,7 +57,7 @@ __device__ __forceinline__ uint32_t key_of(float score) {
 class Keys {
  public:
   __device__ __forceinline__ Keys(const Selection& s, int64_t sample, uint4* cache)
-      : scores_(s.scores ? s.scores + sample * s.tokens : nullptr),
+      : scores_(s.scores ? s.scores + s.first_token(sample) : nullptr),
         cache_(cache),
         tokens_(static_cast<uint32_t>(s.tokens)),
         groups_(s.groups()) {
@@ -189,8 +193,8 @@ class Numbering {
 __device__ __forceinline__ void store_group(const Selection& s, int64_t sample, uint32_t group, uint32_t kept,
                                             uint32_t before) {
   const int64_t first = int64_t{group} * kGroup;
-  int64_t* const places = s.ids_restore + sample * s.tokens + first;
-  bool* const mask = s.mask + sample * s.tokens + first;
+  int64_t* const places = s.ids_restore + s.first_token(sample) + first;
+  bool* const mask = s.mask + s.first_token(sample) + first;
   alignas(16) int64_t place[kGroup];
   uint32_t flags = 0;
 #pragma unroll
@@ -221,8 +225,8 @@ __global__ void __launch_bounds__(kMaxThreads) patch_select_kernel(const Selecti
   SSLK_DYNAMIC_SHARED(unsigned char, shared);
   auto* const chunk = reinterpret_cast<uint64_t*>(shared);
   const int64_t sample = blockIdx.x;
-  int64_t* const ids_keep = s.ids_keep + sample * s.num_keep;
-  int64_t* const ids_restore = s.ids_restore + sample * s.tokens;
+  int64_t* const ids_keep = s.ids_keep + s.first_kept(sample);
+  int64_t* const ids_restore = s.ids_restore + s.first_token(sample);
   const uint32_t num_keep = static_cast<uint32_t>(s.num_keep), groups = s.groups();
   // the result's memory holds the words where shared memory does not
   uint64_t* const words = s.fits() ? chunk : reinterpret_cast<uint64_t*>(ids_keep);
@@ -275,8 +279,8 @@ __device__ __forceinline__ void find_places(const int64_t* values, int64_t count
 // The places and flags of all tokens, given ids_keep.
 __global__ void __launch_bounds__(kMaxThreads) patch_invert_kernel(const Selection s) {
   const int64_t sample = blockIdx.x;
-  int64_t* const ids_restore = s.ids_restore + sample * s.tokens;
-  find_places(s.ids_keep + sample * s.num_keep, s.num_keep, ids_restore, s.tokens);
+  int64_t* const ids_restore = s.ids_restore + s.first_token(sample);
+  find_places(s.ids_keep + s.first_kept(sample), s.num_keep, ids_restore, s.tokens);
   Numbering numbering;
   const uint32_t groups = s.groups();
   for (uint32_t first = 0; first < groups; first += blockDim.x) {
