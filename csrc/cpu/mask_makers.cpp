@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../mask_maker_args.h"
@@ -23,10 +24,14 @@ struct SampleThreads {
   }
 };
 
+constexpr int64_t kNoLimit = INT64_MAX;
+
 void check_values(const char* op, const char* argument, const Integers& x, int64_t count, int64_t most) {
-  for (int64_t i = 0; i < count; i++)
-    STD_TORCH_CHECK(0 <= x.data[i] && x.data[i] <= most, op, ": ", argument, " must be in [0, ", most, "], got ",
-                    x.data[i], " in row ", i);
+  for (int64_t i = 0; i < count; i++) {
+    if (0 <= x.data[i] && x.data[i] <= most) continue;
+    const std::string range = most == kNoLimit ? "at least 0" : "in [0, " + std::to_string(most) + "]";
+    STD_TORCH_CHECK(false, op, ": ", argument, " must be ", range, ", got ", x.data[i], " in row ", i);
+  }
 }
 
 uint64_t value_of(const Tensor& seed) {
@@ -72,7 +77,7 @@ Tensor span_mask_fwd_cpu(const Tensor& seed, const MaybeTensor& sample_ids, cons
       asked(kOp, "num_spans", num_spans, count, seed);
   const Samples samples{count, tokens, value_of(seed), ids.data, kPhiloxSpanMask};
   check_values(kOp, "lengths", valid, count, tokens);
-  if (asked.data) check_values(kOp, "num_spans", asked, count, INT64_MAX);
+  if (asked.data) check_values(kOp, "num_spans", asked, count, kNoLimit);
   Tensor mask = torch::stable::new_empty(seed, {count, tokens}, ScalarType::Bool);
   make_span_masks(samples, job, valid.data, asked.data, data<bool>(mask), SampleThreads{tokens});
   return mask;

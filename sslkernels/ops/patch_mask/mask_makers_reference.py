@@ -143,7 +143,8 @@ def multi_block_mask_fwd(
     row, column = (torch.arange(n, device=seed.device) for n in (target_height, target_width))
     target_ids = (top[..., None] + row)[..., None] * width + (left[..., None] + column)[..., None, :]
 
-    allowed = torch.ones_like(target_mask[:, 0]) if allow_overlap else ~target_mask.any(dim=1)
+    taken = target_mask[:, :0] if allow_overlap else target_mask
+    allowed = ~taken.any(dim=1)
     top, left = _corners(words[:, num_targets:], height - context_height, width - context_width)
     best = _first_enough(_counts(allowed, top, left, context_height, context_width), min_context)
     top, left = (corner.gather(1, best[:, None])[:, 0] for corner in (top, left))

@@ -25,7 +25,7 @@ def token_keys(seed, sample_ids, samples: int, tokens: int):
     low, high = split(sample_ids[:, None])
     block = torch.arange((tokens + 3) // 4, device=seed.device)
     words = philox((block & WORD, low, high, PATCH_MASK_STREAM), split(seed))
-    return torch.stack(words, dim=2).reshape(samples, -1)[:, :tokens]
+    return torch.stack(words, dim=2).flatten(1)[:, :tokens]
 
 
 def score_keys(scores):
