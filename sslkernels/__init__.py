@@ -5,10 +5,13 @@ The functions are here; `sslkernels.nn` has the modules, such as the momentum te
 
 from sslkernels._library import Backend, backends
 from sslkernels.ops import (
+    BlockSizes,
     ClipStats,
     ContrastiveStats,
     MaskedTokens,
     MaskIndices,
+    MultiBlockMasks,
+    block_mask,
     clip_loss,
     decoupled_nt_xent,
     ema_update_,
@@ -17,23 +20,30 @@ from sslkernels.ops import (
     info_nce,
     masked_patch_embed,
     mises_fisher_weights,
+    multi_block_mask,
+    multi_block_sizes,
     nt_xent,
     patch_mask,
     random_masking,
     restore_tokens,
     sigmoid_loss,
+    span_mask,
     sup_con,
+    tube_mask,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "BlockSizes",
     "ClipStats",
     "ContrastiveStats",
     "MaskIndices",
     "MaskedTokens",
+    "MultiBlockMasks",
     "backends",
+    "block_mask",
     "clip_loss",
     "decoupled_nt_xent",
     "ema_update_",
@@ -42,10 +52,14 @@ __all__ = [
     "info_nce",
     "masked_patch_embed",
     "mises_fisher_weights",
+    "multi_block_mask",
+    "multi_block_sizes",
     "nt_xent",
     "patch_mask",
     "random_masking",
     "restore_tokens",
     "sigmoid_loss",
+    "span_mask",
     "sup_con",
+    "tube_mask",
 ]

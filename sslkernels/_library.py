@@ -42,14 +42,15 @@ def _implemented(torch_op: str, key: str) -> bool:
 _on_cuda: dict[str, list[str]] = {}  # operator: what there is, "cuda" (C++) and "triton"; the first owns the key
 
 
-def claim_cuda(torch_op: str, compiled_op: str = "") -> str:
+def claim_cuda(torch_op: str, compiled_op: str = "", *, has_triton: bool = True) -> str:
     """Which implementation of an operator has the CUDA key: "cuda", "triton", or "reference" where there is neither.
 
     The compiled one comes first where it is built, unless it is an operator of its own, ``compiled_op``: then Triton's
-    does. A slice asks once, after the definition of its operators, and registers what the answer is.
+    does. ``has_triton``: whether there is one of Triton's at all. A slice asks once, after the definition of its
+    operators, and registers what the answer is.
     """
     found = ["cuda"] if _implemented(compiled_op or torch_op, "CUDA") else []
-    if not triton_error():
+    if has_triton and not triton_error():
         found.insert(0 if compiled_op else len(found), "triton")
     _on_cuda[torch_op] = found
     return found[0] if found else "reference"

@@ -21,9 +21,14 @@ SPAN_MASK_STREAM = 5
 
 
 def philox(counter, key):
-    """Four 32-bit random words, as int64, for counters of four broadcastable int64 words and a key of two integers."""
+    """Four 32-bit random words, as int64, for counters of four broadcastable int64 words and a key of two integers.
+
+    Plain ints where all words of the counter and the key are.
+    """
     device = next((word.device for word in counter if isinstance(word, torch.Tensor)), None)
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, device=device) for word in counter))
+    c0, c1, c2, c3 = counter
+    if device is not None:
+        c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, device=device) for word in counter))
     k0, k1 = key
     for _ in range(ROUNDS):
         high0, low0 = _multiply_wide(c0, MULTIPLIERS[0])

@@ -7,6 +7,7 @@ import functools
 import torch
 
 from sslkernels.ops.patch_mask import gather_tokens, masked_patch_embed, patch_mask, random_masking, restore_tokens
+from sslkernels.ops.patch_mask.mask_maker_cases import OPS as MASK_MAKERS
 from sslkernels.registry import Case, Cost, OpSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -257,4 +258,5 @@ OPS = (
         DTYPES,
         EMBED_CASES,
     ),
+    *MASK_MAKERS,
 )
