@@ -9,18 +9,6 @@ namespace sslkernels::SSLK_ISA {
 
 constexpr int64_t kEmaBlock = 256;
 
-struct Fp64 {
-  typedef double Storage;
-  static double load(double x) { return x; }
-  static double store(double x) { return x; }
-};
-
-template <class F>
-SSLK_INLINE void with_any_storage(Dtype dtype, const F& f) {
-  if (dtype == Dtype::kFloat64) f(Fp64{});
-  with_storage(dtype, f);
-}
-
 SSLK_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 SSLK_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 

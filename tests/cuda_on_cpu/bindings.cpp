@@ -16,6 +16,7 @@ using namespace sslkernels;
 void define_examples(py::module_& m);
 void define_ema(py::module_& m);
 void define_contrast(py::module_& m);
+void define_patch_loss(py::module_& m);
 
 PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
   m.attr("SCHEDULES") = cuda_on_cpu::kSchedules;
@@ -23,4 +24,5 @@ PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
   define_examples(m);
   define_ema(m);
   define_contrast(m);
+  define_patch_loss(m);
 }
