@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-SLICES = ("infonce", "ema", "patch_mask")
+SLICES = ("infonce", "ema", "patch_mask", "patch_loss")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,11 @@ struct Fp32 {
   static float load(float x) { return x; }
   static float store(float x) { return x; }
 };
+struct Fp64 {
+  typedef double Storage;
+  static double load(double x) { return x; }
+  static double store(double x) { return x; }
+};
 struct Bf16 {
   typedef uint16_t Storage;
   static float load(uint16_t x) { return from_bf16(x); }
@@ -69,6 +74,11 @@ SSLK_INLINE void with_storage(Dtype dtype, const F& f) {
   if (dtype == Dtype::kFloat32) f(Fp32{});
   if (dtype == Dtype::kBFloat16) f(Bf16{});
   if (dtype == Dtype::kFloat16) f(Fp16{});
+}
+template <class F>
+SSLK_INLINE void with_any_storage(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kFloat64) f(Fp64{});
+  with_storage(dtype, f);
 }
 
 // The same where float64 is one of them.

@@ -13,6 +13,7 @@ from sslkernels.ops.infonce import (
     sigmoid_loss,
     sup_con,
 )
+from sslkernels.ops.patch_loss import masked_patch_loss
 from sslkernels.ops.patch_mask import (
     BlockSizes,
     MaskedTokens,
@@ -45,6 +46,7 @@ __all__ = [
     "hard_nt_xent",
     "info_nce",
     "masked_patch_embed",
+    "masked_patch_loss",
     "mises_fisher_weights",
     "multi_block_mask",
     "multi_block_sizes",
