@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import cuda_on_cpu
@@ -34,17 +35,17 @@ class Operators:
 
     def gather_tokens_fwd(self, x, ids, num_prefix):
         out = poisoned(x, len(x), num_prefix + ids.shape[1], x.shape[2])
-        self.module.gather_tokens_fwd(x, ids, num_prefix, out)
+        self.module.gather_tokens_fwd(dense(x), ids, num_prefix, out)
         return out
 
     def gather_tokens_bwd(self, grad, ids, tokens, num_prefix):
         out = poisoned(grad, len(grad), num_prefix + tokens, grad.shape[2])
-        self.module.gather_tokens_bwd(grad, ids, num_prefix, out)
+        self.module.gather_tokens_bwd(dense(grad), ids, num_prefix, out)
         return out
 
     def restore_tokens_fwd(self, x, ids_restore, mask_token, pos_embed, num_prefix):
         out = poisoned(x, len(x), num_prefix + ids_restore.shape[1], x.shape[2])
-        self.module.restore_tokens_fwd(x, ids_restore, mask_token, pos_embed, num_prefix, out)
+        self.module.restore_tokens_fwd(dense(x), ids_restore, mask_token, pos_embed, num_prefix, out)
         return out
 
     def restore_tokens_bwd(self, grad, ids_restore, num_keep, num_prefix, pos_tokens, need_x, need_mask_token):
@@ -54,7 +55,7 @@ class Operators:
         grad_mask_token = fill(grad, dim) if need_mask_token else None
         grad_pos = fill(grad, pos_tokens, dim) if pos_tokens else None
         grads = grad_x, grad_mask_token, grad_pos
-        self.module.restore_tokens_bwd(grad, ids_restore, num_keep, num_prefix, pos_tokens, *grads)
+        self.module.restore_tokens_bwd(dense(grad), ids_restore, num_keep, num_prefix, pos_tokens, *grads)
         return tuple(grad.new_empty(0) if result is None else result for result in grads)
 
     def gather_patches_fwd(self, images, ids, patch_size):
@@ -64,8 +65,13 @@ class Operators:
 
     def gather_patches_bwd(self, grad, ids, image_shape, patch_size):
         out = poisoned(grad, *image_shape)
-        self.module.gather_patches_bwd(grad, ids, list(patch_size), out)
+        self.module.gather_patches_bwd(dense(grad), ids, list(patch_size), out)
         return out
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where its rows are not dense, as the launcher makes one."""
+    return x.contiguous() if x.shape[-1] > 1 and x.stride(-1) != 1 else x
 
 
 def poisoned(like: torch.Tensor, *shape: int) -> torch.Tensor:
@@ -78,3 +84,23 @@ def ids(*shape: int) -> torch.Tensor:
 
 def flags(*shape: int) -> torch.Tensor:
     return torch.full(shape, 77, dtype=torch.uint8).view(torch.bool)
+
+
+@contextlib.contextmanager
+def registered(schedule: int = 0):
+    """Within it the operators run on CPU tensors; yields the names of those that were called, in order."""
+    from sslkernels.ops.patch_mask.op import SCHEMAS
+
+    operators, called = Operators(schedule), []
+
+    def counted(name):
+        def run(*args):
+            called.append(name)
+            return getattr(operators, name)(*args)
+
+        return run
+
+    with torch.library._scoped_library("sslkernels", "IMPL") as library:
+        for name in SCHEMAS:
+            library.impl(name, counted(name), "CPU", allow_override=True)
+        yield called
