@@ -19,7 +19,7 @@ SEED = 2**63 + 17
 CASES = [(spec, case) for spec in OPS for case in spec.tagged("verify")]
 LENGTHS = (1, 5, 10, 49, 197)
 # samples, prefix, tokens, kept, columns
-ROWS = ((3, 0, 10, 4, 5), (2, 1, 49, 12, 33), (2, 3, 7, 7, 129), (1, 2, 6, 0, 4))
+ROWS = ((2, 1, 49, 12, 33), (2, 3, 7, 7, 129), (1, 2, 6, 0, 4))
 
 
 def seed_of(number):
@@ -73,7 +73,7 @@ def test_public_functions_are_as_exact_as_eager(spec, case, target):
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_masks_are_those_of_the_definition(tokens, ordered):
     for kept, target in zip(sorted({0, tokens // 4, tokens}), cycle(TARGETS), strict=False):
-        check("patch_mask_fwd", *mask_arguments(3, tokens, kept, ordered), target=target)
+        check("patch_mask_fwd", *mask_arguments(2, tokens, kept, ordered), target=target)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 5, 2**63])
@@ -136,9 +136,7 @@ def test_the_seed_is_read_on_the_device():
 @pytest.mark.parametrize("samples, prefix, tokens, kept, columns", ROWS)
 def test_tokens_are_moved_exactly(samples, prefix, tokens, kept, columns, dtype):
     x = random(samples, prefix + tokens, columns, dtype=dtype)
-    _, ids_keep, ids_restore, _ = check(
-        "random_masking_fwd", x, seed_of(SEED), None, None, kept, prefix, False, target="gfx942"
-    )[0]
+    ids_keep, ids_restore, _ = reference.patch_mask_fwd(*mask_arguments(samples, tokens, kept))
     check("gather_tokens_fwd", x, ids_keep, prefix)
     mask_token, pos_embed = random(columns, dtype=dtype, seed=1), random(prefix + tokens, columns, dtype=dtype, seed=2)
     for token, pos in ((None, None), (mask_token, pos_embed), (mask_token, None), (None, pos_embed[prefix:])):
@@ -164,13 +162,19 @@ def test_gradients_of_restored_tokens(samples, prefix, tokens, kept, columns, dt
     for need_x, need_mask_token, pos_tokens in ((True, True, prefix + tokens), (True, False, 0), (False, True, tokens)):
         arguments = ids_restore, kept, prefix, pos_tokens, need_x, need_mask_token
         actual, _ = run("restore_tokens_bwd", grad, *arguments)
-        again, _ = run("restore_tokens_bwd", grad, *arguments, order=5)
         expected = reference.restore_tokens_bwd(grad.double(), *arguments)
-        for index, (a, b, e) in enumerate(zip(actual, again, expected, strict=True)):
-            assert torch.equal(a, b), "the order of programs leaves a trace"
+        for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
             exact = 0 if index == 0 else 4 * torch.finfo(dtype).eps
             torch.testing.assert_close(a.double(), e, rtol=exact, atol=exact)
             assert a.dtype == dtype
+
+
+def test_the_order_of_programs_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(triton_ops, "CONFIG", replace(triton_ops.CONFIG, sum_samples=2))
+    grad, ids_restore = random(9, 20, 33), numbers(9, 9, 20)
+    results = [run("restore_tokens_bwd", grad, ids_restore, 0, 0, 20, False, True, order=order)[0] for order in (0, 1)]
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
 
 
 def test_places_that_do_not_occur_have_no_gradient():
