@@ -257,6 +257,12 @@ def test_single_tokens_are_a_random_subset():
     assert_uniform(masks.sum(0))
 
 
+def test_no_sample_is_short_of_what_it_asked_for():
+    """Only the smallest keys are looked at first, which in one sample of some ten thousand are too few."""
+    masks = span_mask(30000, 300, span_length=1, num_spans=8, seed=4)
+    assert (masks.sum(1) == 8).all()
+
+
 # ---- tubes
 
 
