@@ -216,14 +216,15 @@ def _copy_rate(out: torch.Tensor, source: torch.Tensor, device: str) -> float:
 
 
 def roofline(cost: Cost, direction: str, dtype: str, measured: dict[str, float]) -> float | None:
-    """Seconds that the arithmetic takes at the measured peaks; for both passes no less than the traffic takes."""
+    """Seconds that the arithmetic takes at the measured peaks, but no less than the traffic takes."""
     if "exp" not in measured:
         return None
     peak = measured[f"fma {dtype}"] * 1e9
+    flops, exps, moved = cost.flops, cost.exps, cost.bytes
     if direction == "forward":
-        return cost.forward_flops / peak + cost.forward_exps / measured["exp"]
-    traffic = cost.bytes * DTYPES[dtype].itemsize / 4 / (measured["copy"] * 1e9)  # a cost counts the bytes of fp32
-    return max(cost.flops / peak + cost.exps / measured["exp"], traffic)
+        flops, exps, moved = cost.forward_flops, cost.forward_exps, cost.forward_bytes
+    traffic = moved * DTYPES[dtype].itemsize / 4 / (measured["copy"] * 1e9)  # a cost counts the bytes of fp32
+    return max(flops / peak + exps / measured["exp"], traffic)
 
 
 def peak_memory(module: str, op: str, label: str, case: str, device: str) -> float | None:

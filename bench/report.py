@@ -80,8 +80,8 @@ def _ratios_of(op: str, races: list[dict]) -> str:
     if any("share of roofline fp32" in race["ratios"] or race["roofline"] for race in races):
         return (
             f"## Ratios of {op}\n\nHow many times faster ours is in fp32, and the share that it reaches of the "
-            "roofline: the op's arithmetic at the rate of a multiply-add loop on registers, plus its exponentials.\n\n"
-            + _table(*_ratios(races))
+            "roofline: the op's arithmetic at the rate of a multiply-add loop on registers, plus its exponentials, or "
+            "the bytes it must move at the rate of a copy, whichever takes longer.\n\n" + _table(*_ratios(races))
         )
     names = list(dict.fromkeys(name for race in races for name in race["ratios"]))
     rows = [

@@ -24,6 +24,7 @@ class Cost:
     forward_exps: float
     backward_exps: float
     bytes: float
+    forward_bytes: float = 0.0
 
     @property
     def flops(self) -> float:

@@ -14,7 +14,7 @@ import pytest
 from sslkernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/migration-losses.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/migration-losses.md", "docs/migration-masking.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
 
 
@@ -48,6 +48,15 @@ def test_imports_that_replace_others_exist():
     subprocess.run([sys.executable, "-c", "\n".join(added)], cwd=ROOT, check=True)
 
 
+def test_lines_that_replace_others_run_elsewhere():
+    """What docs/migration-masking.md tells a person to write stands in an example or a test."""
+    sources = [*(ROOT / "examples").glob("*.py"), ROOT / "tests" / "test_mask_drop_ins.py"]
+    run = {line.strip() for path in sources for line in path.read_text(encoding="utf-8").splitlines()}
+    diffs = re.findall(r"```diff\n(.*?)```", TEXTS["docs/migration-masking.md"], re.DOTALL)
+    shown = {line[1:].strip() for diff in diffs for line in diff.splitlines() if re.match(r"\+(?!from)", line)}
+    assert len(shown) > 6 and shown <= run, shown - run
+
+
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("make")])
 def test_make_targets_exist(command):
     target = shlex.split(command)[1]
@@ -76,5 +85,5 @@ def test_files_that_are_named_exist():
     for name, text in TEXTS.items():
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert ((ROOT / name).parent / link).exists(), f"{name}: {link}"
-        for path in re.findall(r"`((?:csrc|tests|sslkernels|bench)/[\w./]+)`", text):
+        for path in re.findall(r"`((?:csrc|tests|sslkernels|bench|examples)/[\w./]+)`", text):
             assert (ROOT / path).exists(), f"{name}: {path}"

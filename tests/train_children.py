@@ -18,9 +18,15 @@ from sslkernels.trainers import _log
 
 # children are forked from a server that has imported what takes seconds and has no threads yet
 CONTEXT = multiprocessing.get_context("forkserver")
-METHODS = ("simclr", "moco", "clip")
+METHODS = ("simclr", "moco", "clip", "mae")
 CONTEXT.set_forkserver_preload(
-    [*(f"sslkernels.trainers.{method}" for method in METHODS), "sklearn.datasets", "sklearn.neighbors", "pytest"]
+    [
+        *(f"sslkernels.trainers.{method}" for method in METHODS),
+        "sklearn.datasets",
+        "sklearn.neighbors",
+        "sklearn.linear_model",
+        "pytest",
+    ]
 )
 PATIENCE = 120  # seconds before a child counts as hung
 TINY = ["--steps=8", "--batch-size=16", "--checkpoint-every=3", "--warmup=2", "--threads=1", "--workers=0"]

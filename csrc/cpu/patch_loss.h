@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../patch_loss_job.h"
+#include "huge_pages.h"
 #include "workspace.h"
 
 namespace sslkernels {

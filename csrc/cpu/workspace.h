@@ -8,15 +8,6 @@
 
 namespace sslkernels {
 
-// Asks for huge pages under memory that is about to be filled: an output of many MiB is fresh from the system on every
-// call, and its page faults cost more than the arithmetic. A hint: where it is refused, small pages serve.
-inline void prefer_huge_pages(void* memory, int64_t bytes) {
-  constexpr int64_t kPage = 4096, kLeast = int64_t{4} << 20;  // room for a huge page, wherever it starts
-  if (bytes < kLeast) return;
-  const int64_t skip = -reinterpret_cast<intptr_t>(memory) & (kPage - 1);
-  madvise(static_cast<char*>(memory) + skip, (bytes - skip) & -kPage, MADV_HUGEPAGE);
-}
-
 // One block of uninitialised memory, handed out in aligned pieces. Fresh memory costs a page fault every 4 KiB, more
 // than the arithmetic of a small problem, so the last block is kept for reuse unless it is large.
 class Workspace {

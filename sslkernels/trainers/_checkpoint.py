@@ -6,8 +6,10 @@ import argparse
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -69,10 +71,17 @@ def software(device: str) -> str:
 
 
 def write_atomically(state: dict, path: Path) -> None:
+    with replacing(path) as file:
+        torch.save(state, file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of ``path`` once it is whole and on the disk; or nothing changes."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""How good features are without training on them: the accuracy of nearest neighbours."""
+"""How good features are as they are: the accuracy of nearest neighbours and of a linear classifier."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sslkernels._table import print_table
 from sslkernels.trainers._data import ImageData, ImageSet
 
 NEIGHBORS = 5
+ITERATIONS = 300  # of the logistic regression at the most
+KNN, LINEAR = "kNN", "linear"
 PIXELS, UNTRAINED, TRAINED = "raw pixels", "untrained encoder", "trained encoder"
 BATCH = 256
 
@@ -24,6 +26,17 @@ def knn_accuracy(features: torch.Tensor, labels, test_features: torch.Tensor, te
     train, test = (F.normalize(x.float(), dim=1).numpy() for x in (features, test_features))
     neighbors = KNeighborsClassifier(min(NEIGHBORS, len(train)), algorithm="brute").fit(train, labels.numpy())
     return float(neighbors.score(test, test_labels.numpy()))
+
+
+def linear_accuracy(features: torch.Tensor, labels, test_features: torch.Tensor, test_labels) -> float:
+    """Share of test rows that a logistic regression on the standardised training rows classifies right."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=ITERATIONS))
+    classifier.fit(features.numpy(), labels.numpy())
+    return float(classifier.score(test_features.numpy(), test_labels.numpy()))
 
 
 @torch.no_grad()
@@ -39,19 +52,29 @@ def embed(backbone: nn.Module, images: ImageSet, transform: Callable, device: to
     return torch.cat(batches)
 
 
-def probe(backbone: nn.Module, data: ImageData, transform: Callable, device: torch.device) -> float | None:
-    """kNN accuracy of a backbone's features, the neighbours from the training images; None without labels."""
-    if data.train.labels is None or data.test.labels is None or not len(data.test):
-        return None
-    train, test = (embed(backbone, images, transform, device) for images in (data.train, data.test))
-    return knn_accuracy(train, data.train.labels, test, data.test.labels)
-
-
 def probes(data: ImageData, untrained: nn.Module, trained: nn.Module, transform: Callable, device) -> dict[str, float]:
     """kNN accuracy of raw pixels and of the two backbones, by name; empty without labels."""
+    return _accuracies(knn_accuracy, data, _features(data, untrained, trained, transform, device))
+
+
+def both_probes(data: ImageData, untrained: nn.Module, trained: nn.Module, transform: Callable, device) -> dict:
+    """The same of a linear classifier besides: accuracies by probe, then by name."""
+    features = _features(data, untrained, trained, transform, device)
+    return {KNN: _accuracies(knn_accuracy, data, features), LINEAR: _accuracies(linear_accuracy, data, features)}
+
+
+def _features(data, untrained, trained, transform, device) -> dict[str, list[torch.Tensor]]:
+    """Of the training and the test images, by the name of what made them."""
+    if data.train.labels is None or data.test.labels is None or not len(data.test):
+        return {}
     named = {PIXELS: nn.Flatten(), UNTRAINED: untrained, TRAINED: trained}
-    accuracies = {name: probe(backbone, data, transform, device) for name, backbone in named.items()}
-    return {name: accuracy for name, accuracy in accuracies.items() if accuracy is not None}
+    sets = (data.train, data.test)
+    return {name: [embed(backbone, images, transform, device) for images in sets] for name, backbone in named.items()}
+
+
+def _accuracies(accuracy: Callable, data: ImageData, features: dict[str, list[torch.Tensor]]) -> dict[str, float]:
+    labels, test_labels = data.train.labels, data.test.labels
+    return {name: accuracy(train, labels, test, test_labels) for name, (train, test) in features.items()}
 
 
 def print_probes(accuracies: dict[str, float]) -> None:
@@ -59,3 +82,10 @@ def print_probes(accuracies: dict[str, float]) -> None:
     if rows:
         print(f"\n{NEIGHBORS} nearest neighbours by cosine, images held out")
         print_table("kNN accuracy", ("features", "accuracy"), rows)
+
+
+def print_both_probes(accuracies: dict[str, dict[str, float]]) -> None:
+    rows = [(name, *(f"{found[name]:.1%}" for found in accuracies.values())) for name in accuracies.get(KNN, ())]
+    if rows:
+        print(f"\n{NEIGHBORS} nearest neighbours by cosine, and a logistic regression, images held out")
+        print_table("accuracies", ("features", *accuracies), rows)

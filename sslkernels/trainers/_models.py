@@ -7,18 +7,20 @@ from functools import partial
 import timm
 from timm.layers import GroupNorm
 from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sslkernels.trainers import TrainError
 from sslkernels.trainers._data import ImageData
 
+PATCHES = 8  # a side at the most, unless a patch size is asked for
+SMALL_VIT = {"model_name": "test_vit", "embed_dim": 64, "depth": 3, "num_heads": 4}
 SMALL_IMAGE = 64  # below it a ResNet's stem must not shrink the image
 
 
 def build_backbone(name: str, data: ImageData, norm: str) -> nn.Module:
     """timm's model of that name without its classifier; it returns features (N, num_features)."""
-    if not timm.is_model(name):
-        raise TrainError(f"--backbone: timm {timm.__version__} has no model {name!r} (timm.list_models() lists them)")
+    _check_name(name)
     options = {"num_classes": 0, "in_chans": data.channels}
     backbone = _create(name, data.image_size, options)
     if norm == "group" and _has_batch_norm(backbone):
@@ -31,6 +33,33 @@ def build_backbone(name: str, data: ImageData, norm: str) -> nn.Module:
     if isinstance(backbone, ResNet) and data.image_size < SMALL_IMAGE:
         _keep_resolution(backbone, data.channels)
     return backbone
+
+
+def build_vit(name: str | None, data: ImageData, patch_size: int | None) -> VisionTransformer:
+    """timm's ViT of that name, or a small one; its features are the mean of its patch tokens after the last norm."""
+    size = data.image_size
+    if patch_size is None:
+        patch_size = next(p for p in range(2, size + 1) if size % p == 0 and size // p <= PATCHES)
+    if size % patch_size:
+        raise TrainError(f"--patch-size {patch_size} does not divide images of {size} pixels")
+    if name is not None:
+        _check_name(name)
+    named = SMALL_VIT if name is None else {"model_name": name}
+    try:
+        vit = timm.create_model(
+            **named, img_size=size, patch_size=patch_size, in_chans=data.channels, num_classes=0, global_pool="avg",
+            fc_norm=False, dynamic_img_size=False,
+        )  # fmt: skip
+    except TypeError:  # convolutions have no such arguments
+        vit = None
+    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
+        raise TrainError(f"--backbone {name} is not one of timm's plain ViTs, such as test_vit or vit_tiny_patch16_224")
+    return vit
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        raise TrainError(f"--backbone: timm {timm.__version__} has no model {name!r} (timm.list_models() lists them)")
 
 
 def _create(name: str, image_size: int, options: dict) -> nn.Module:

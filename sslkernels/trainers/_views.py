@@ -7,6 +7,7 @@ depends on how often a random generator was used before.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +18,20 @@ from torchvision.transforms import v2
 from sslkernels.trainers._data import ImageData, ImageSet
 
 # what a random stream is for; part of the key from which its seed is drawn
-ORDER, VIEWS, FORWARD = range(3)
+ORDER, VIEWS, FORWARD, MASKS = range(4)
 
 
 def seed_of(*key: int) -> int:
     """A 62-bit seed from whole numbers, without the collisions that sums and products of them have."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 2)
+
+
+@contextmanager
+def drawn_from(*key: int) -> Iterator[None]:
+    """Random numbers of the CPU by a key, whatever was drawn before; afterwards they go on as if nothing had been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(*key))
+        yield
 
 
 def augmentation(data: ImageData) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -54,6 +63,16 @@ def augmentation(data: ImageData) -> Callable[[torch.Tensor], torch.Tensor]:
     return v2.Compose([v2.ToDtype(torch.float32, scale=True), *steps, _centered(data.channels)])
 
 
+def crops(data: ImageData) -> Callable[[torch.Tensor], torch.Tensor]:
+    """MAE's augmentations: where and how large, not how bright; masking is the rest."""
+    size, bilinear = data.image_size, v2.InterpolationMode.BILINEAR
+    if data.kind == "digits":
+        steps = [v2.Resize((size, size)), v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), interpolation=bilinear)]
+    else:
+        steps = [v2.RandomResizedCrop(size, scale=(0.2, 1)), v2.RandomHorizontalFlip()]
+    return v2.Compose([v2.ToDtype(torch.float32, scale=True), *steps, _centered(data.channels)])
+
+
 def evaluation(data: ImageData) -> Callable[[torch.Tensor], torch.Tensor]:
     """The whole image, as the probe sees it."""
     size = data.image_size
@@ -77,9 +96,23 @@ class TwoViews(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
         epoch, index = key
         image = self.images.images[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, VIEWS, epoch, index))
+        with drawn_from(self.seed, VIEWS, epoch, index):
             return torch.stack([self.augment(image), self.augment(image)])
+
+
+@dataclass(frozen=True)
+class OneView(Dataset):
+    """``views[epoch, index]``: an augmented view of one image, (C, H, W), with the epoch and the index."""
+
+    images: ImageSet
+    augment: Callable[[torch.Tensor], torch.Tensor]
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        epoch, index = key
+        image = self.images.images[index]
+        with drawn_from(self.seed, VIEWS, epoch, index):
+            return self.augment(image), epoch, index
 
 
 @dataclass(frozen=True)

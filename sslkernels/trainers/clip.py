@@ -34,7 +34,7 @@ from sslkernels.trainers._options import (
     check_batch,
     run_guarded,
 )
-from sslkernels.trainers._views import FORWARD, VIEWS, StepKeys, augmentation, evaluation, seed_of
+from sslkernels.trainers._views import FORWARD, VIEWS, StepKeys, augmentation, drawn_from, evaluation, seed_of
 
 CLASSES = {
     "digits": ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"),
@@ -103,8 +103,7 @@ class Captioned(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         epoch, index = key
         image, label = self.images.images[index], self.images.labels[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, VIEWS, epoch, index))
+        with drawn_from(self.seed, VIEWS, epoch, index):
             template = TEMPLATES[int(torch.randint(len(TEMPLATES), ()))]
             return self.augment(image), encode(template.format(self.names[label])), label
 

@@ -51,7 +51,7 @@ def distinct_scores(samples: int, tokens: int, device, seed: int = 0) -> torch.T
 
 
 def _moved(forward: float, backward: float) -> Cost:
-    return Cost(0.0, 0.0, 0.0, 0.0, 4.0 * (forward + backward))
+    return Cost(0.0, 0.0, 0.0, 0.0, 4.0 * (forward + backward), 4.0 * forward)
 
 
 def masking_cost(samples: int, tokens: int, kept: int, columns: int, prefix: int = 0) -> Cost:
