@@ -9,7 +9,7 @@
 namespace sslkernels {
 namespace patch_mask {
 
-constexpr int kSumThreads = 128, kAhead = 4;  // loads on the way at a time
+constexpr int kSumThreads = 128, kAhead = 2;  // loads on the way at a time
 constexpr int kTotalColumns = 32, kTotalLanes = 32;
 constexpr int64_t kSumBlocks = 2048;  // enough to fill a GPU, whichever it is: sums are the same on all
 
