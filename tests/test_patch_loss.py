@@ -411,7 +411,7 @@ ERRORS = [
     ({"images": IMAGES[:, :0]}, "ValueError: images must have at least one channel, got (2, 0, 16, 24)"),
     ({"images": IMAGES[..., 1:]}, "ValueError: images must be a multiple of patch_size (8, 6), got (2, 3, 16, 23)"),
     ({"mask": None}, "TypeError: mask must be a tensor, got NoneType"),
-    ({"mask": MASK[:, :3]}, "ValueError: mask must be (2, 8) for images (2, 3, 16, 24) in patches of (8, 6), got (2, 3"),
+    ({"mask": MASK[:, :3]}, "ValueError: mask must be (2, 8) for images (2, 3, 16, 24) in patches of (8, 6), got"),
     ({"mask": MASK.to(torch.complex64)}, "TypeError: mask must be bool, or 0 and 1 of an integer or floating-point"),
     ({"mask": MASK.to("meta")}, "ValueError: mask must be on the device of images, cpu, got meta"),
     ({"patch_size": 8.0}, "TypeError: patch_size must be an int or (p, q), got 8.0"),
@@ -448,7 +448,7 @@ def test_patches_of_one_pixel_cannot_be_normalised():
 def test_operators_that_are_called_directly_check_too():
     require_or_skip(_library.extension, _library.extension_error)
     fwd, bwd = torch.ops.sslkernels.patch_loss_fwd, torch.ops.sslkernels.patch_loss_bwd
-    for given, message in (
+    for tensors, message in (
         ((PRED[:, 1:], IMAGES, MASK, PATCH), "pred must be"),
         ((PRED, IMAGES, MASK[:, 1:], PATCH), "mask must be"),
         ((PRED, IMAGES, MASK.float(), PATCH), "mask must be"),
@@ -457,14 +457,14 @@ def test_operators_that_are_called_directly_check_too():
         ((PRED, IMAGES.long(), MASK, PATCH), "images must be float32"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            fwd(*given, True, 1e-6, True)
-    for given, message in (
+            fwd(*tensors, True, 1e-6, True)
+    for tensors, message in (
         ((torch.ones(2), PRED, MASK, torch.float32), "grad_loss must be one"),
         ((torch.ones(()), PRED, MASK, torch.float64), "dtype of the result"),
         ((torch.ones(()), PRED.half(), MASK, torch.float16), "dtype of the result"),
         ((torch.ones(()), PRED[0], MASK, torch.float32), "grad_pred must be"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            bwd(*given)
+            bwd(*tensors)
     with pytest.raises(RuntimeError, match="called with need_grad=False"):
         fwd(PRED.clone().requires_grad_(), IMAGES, MASK, PATCH, True, 1e-6, False)[0].backward()

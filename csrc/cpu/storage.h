@@ -46,11 +46,6 @@ struct Fp32 {
   static float load(float x) { return x; }
   static float store(float x) { return x; }
 };
-struct Fp64 {
-  typedef double Storage;
-  static double load(double x) { return x; }
-  static double store(double x) { return x; }
-};
 struct Bf16 {
   typedef uint16_t Storage;
   static float load(uint16_t x) { return from_bf16(x); }
@@ -60,6 +55,12 @@ struct Fp16 {
   typedef uint16_t Storage;
   static float load(uint16_t x) { return from_fp16(x); }
   static uint16_t store(float x) { return to_fp16(x); }
+};
+
+struct Fp64 {
+  typedef double Storage;
+  static double load(double x) { return x; }
+  static double store(double x) { return x; }
 };
 
 // f(type) with the type that the inputs are stored in.

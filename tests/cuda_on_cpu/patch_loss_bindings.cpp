@@ -23,9 +23,7 @@ Dtype dtype_of(const py::handle& tensor) {
   throw py::type_error("patch_loss: no kernel for " + name);
 }
 
-void* data_of(const py::handle& tensor) {
-  return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-}
+void* data_of(const py::handle& tensor) { return reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>()); }
 
 // images (N, C, T, H, W) of any strides; pred with a dense last dimension; grad_pred None where none is needed.
 void forward(const py::handle& pred, const py::handle& images, In<bool> mask, const std::vector<int64_t>& patch_size,
@@ -61,10 +59,8 @@ void forward(const py::handle& pred, const py::handle& images, In<bool> mask, co
 
 void backward(const py::handle& grad_loss, const py::handle& grad_pred, In<bool> mask, const py::handle& grad) {
   const auto shape = grad_pred.attr("shape").cast<std::vector<int64_t>>();
-  const PatchGradJob job{data_of(grad_pred), mask,
-                         data_of(grad),      dtype_of(grad_pred),
-                         dtype_of(grad),     shape[0] * shape[1],
-                         shape[2]};
+  const PatchGradJob job{data_of(grad_pred),  mask,    data_of(grad), dtype_of(grad_pred), dtype_of(grad),
+                         shape[0] * shape[1], shape[2]};
   patch_loss::backward(job, data_of(grad_loss), dtype_of(grad_loss) == Dtype::kFloat64, nullptr);
 }
 
