@@ -266,7 +266,9 @@ def test_the_gradient_of_the_loss_scales_it(dtype, factor):
     pred.requires_grad_()
     (masked_patch_loss(pred, images, mask, patch) * factor).backward()
     scale = exact.abs().max().item() * abs(factor)
-    torch.testing.assert_close(pred.grad.double(), exact * factor, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * scale)
+    info = torch.finfo(dtype)
+    atol = 1e-6 * scale + info.smallest_normal * info.eps  # fp16 has no smaller numbers
+    torch.testing.assert_close(pred.grad.double(), exact * factor, rtol=2 * info.eps, atol=atol)
     assert pred.grad.dtype == dtype and not pred.grad.requires_grad
 
 
@@ -334,17 +336,12 @@ def test_without_grad_none_is_formed():
     assert torch.equal(loss, expected) and grad.shape == (0,)
 
 
-def test_double_backward_is_refused():
-    pred, images, mask, patch = arguments()
-    pred.requires_grad_()
-    loss = masked_patch_loss(pred, images, mask, patch)
-    (grad,) = torch.autograd.grad(loss, pred, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
-        (grad.square().sum() + pred.sum()).backward()
-    exact = [x.double() for x in (pred.detach(), images)]
-    assert torch.autograd.gradgradcheck(
-        lambda x: masked_patch_loss(x, exact[1], mask, patch, backend="reference"), exact[0].requires_grad_()
-    )
+def test_second_derivatives():
+    pred, images, mask, patch = arguments(dtype=torch.float64)
+    torch.autograd.gradgradcheck(lambda x: masked_patch_loss(x, images, mask, patch).square(), pred.requires_grad_())
+    (grad,) = torch.autograd.grad(masked_patch_loss(pred, images, mask, patch), pred, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), pred)  # the gradient is linear: H = 2 / (D * masked)
+    torch.testing.assert_close(second, 2 * grad.detach() * 2 / (pred.shape[2] * mask.sum()))
 
 
 def test_images_that_require_grad():
@@ -373,6 +370,7 @@ def test_compiles_whole_and_once_for_all_batch_sizes():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(masked_patch_loss, fullgraph=True, dynamic=True, backend=counter)
+    compiled_graphs = []
     for samples in (4, 7, 3):
         pred, images, mask, patch = arguments(samples=samples)
         for mask_ in (mask, mask.float()):
@@ -380,7 +378,8 @@ def test_compiles_whole_and_once_for_all_batch_sizes():
             leaf = pred.requires_grad_()
             loss = compiled(leaf, images, mask_, patch)
             assert_equal((loss.detach(), *torch.autograd.grad(loss, leaf)), expected)
-    assert counter.frame_count <= 2  # a bool mask and one of numbers
+        compiled_graphs.append(counter.frame_count)
+    assert compiled_graphs[0] == compiled_graphs[-1]
 
 
 def test_autocast_leaves_narrow_predictions():
