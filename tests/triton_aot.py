@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for GPUs that need not be here and reads what it costs from the machine code.
 
-``python tests/triton_aot.py`` rewrites tests/triton_resources.md. An op's cases tagged "aot" or "aot_bf16" are what is
+``python tests/triton_aot.py`` rewrites tests/triton_resources.md; followed by names of slices, only the rows of their
+kernels, which takes a fraction of the time. An op's cases tagged "aot" or "aot_bf16" are what is
 compiled: the public function forward and backward, with the specialisation and the configuration that a launch on the
 target has.
 """
@@ -63,14 +64,14 @@ class Resources:
         return [f"{self.target} {self.kernel} {self.inputs} ({self.constants}): {fault}" for fault in found]
 
 
-def report() -> list[Resources]:
-    """All kernels, in the order of the table."""
-    tasks = list(product(TARGETS, DTYPES))
+def report(slices: tuple[str, ...] = registry.SLICES) -> list[Resources]:
+    """All kernels of these slices."""
+    tasks = list(product(TARGETS, DTYPES, [slices]))
     with tempfile.TemporaryDirectory() as cache:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(2, context, initializer=_start_process, initargs=(cache,)) as pool:
             found = [row for rows in pool.map(_compile, *zip(*tasks, strict=True)) for row in rows]
-    return sorted(_merged(found), key=lambda r: (list(TARGETS).index(r.target), r.kernel, r.constants, r.inputs))
+    return _merged(found)
 
 
 def _start_process(cache: str) -> None:
@@ -88,9 +89,9 @@ def _merged(rows: Iterable[Resources]) -> list[Resources]:
     return list(unique.values())
 
 
-def _compile(target: str, dtype: torch.dtype) -> list[Resources]:
+def _compile(target: str, dtype: torch.dtype, slices: tuple[str, ...]) -> list[Resources]:
     with capture(target) as launches:
-        for spec in registry.ops():
+        for spec in registry.ops(slices):
             for case in spec.tagged("aot") + spec.tagged("aot_bf16") * (dtype != torch.float16):
                 for _, arguments in numerics.calls(spec, case, dtype, "cpu"):
                     numerics.evaluate(spec.function, arguments, spec.grad_args)
@@ -152,8 +153,8 @@ def _run(*command) -> str:
 COLUMNS = "| kernel | inputs | constants | warps | registers | spills | stack | shared | tensor-core ops |"
 
 
-def render(rows: list[Resources]) -> str:
-    """The table, as Markdown."""
+def render(rows: list[Resources], others: dict[str, list[str]] | None = None) -> str:
+    """The table, as Markdown; ``others`` are lines of each target that it has besides."""
     lines = [
         "# Resources of the Triton kernels",
         "",
@@ -165,16 +166,35 @@ def render(rows: list[Resources]) -> str:
     for target in TARGETS:
         lines += ["", f"## {target}", "", f"Shared memory: at most {SHARED_LIMIT[target]} bytes.", "", COLUMNS]
         lines.append("|" + " --- |" * 3 + " ---: |" * 6)
-        for r in rows:
-            if r.target == target:
-                numbers = (r.warps, r.registers, r.spills, r.stack, r.shared, r.tensor_core_ops)
-                lines.append(f"| `{r.kernel}` | {r.inputs} | {r.constants} | {' | '.join(map(str, numbers))} |")
+        own = [_line(r) for r in rows if r.target == target]
+        lines += sorted(own + (others or {}).get(target, []), key=_order)
     return "\n".join(lines) + "\n"
 
 
+def _line(r: Resources) -> str:
+    numbers = (r.warps, r.registers, r.spills, r.stack, r.shared, r.tensor_core_ops)
+    return f"| `{r.kernel}` | {r.inputs} | {r.constants} | {' | '.join(map(str, numbers))} |"
+
+
+def _order(line: str) -> tuple[str, str, str]:
+    kernel, inputs, constants, *_ = line.split(" | ")
+    return kernel, constants, inputs
+
+
+def _lines_without(table: str, kernels: set[str]) -> dict[str, list[str]]:
+    """The lines of a table by target, but for those of ``kernels``."""
+    sections = {section.split("\n", 1)[0]: section for section in table.split("## ")[1:]}
+    return {
+        target: [line for line in section.splitlines() if line.startswith("| `") and line.split("`")[1] not in kernels]
+        for target, section in sections.items()
+    }
+
+
 def main() -> int:
-    rows = report()
-    TABLE.write_text(render(rows))
+    slices = tuple(sys.argv[1:])
+    rows = report(slices or registry.SLICES)
+    others = _lines_without(TABLE.read_text(), {row.kernel for row in rows}) if slices else None
+    TABLE.write_text(render(rows, others))
     faults = [fault for row in rows for fault in row.faults()]
     print("\n".join([*faults, f"{len(rows)} kernels, {len(faults)} faults: {TABLE}"]))
     return 1 if faults else 0
