@@ -3,23 +3,12 @@
 #pragma once
 #include "../rounding.h"
 #include "ema.h"
+#include "philox_vector.h"
 #include "storage.h"
 
 namespace sslkernels::SSLK_ISA {
 
 constexpr int64_t kEmaBlock = 256;
-
-struct Fp64 {
-  typedef double Storage;
-  static double load(double x) { return x; }
-  static double store(double x) { return x; }
-};
-
-template <class F>
-SSLK_INLINE void with_any_storage(Dtype dtype, const F& f) {
-  if (dtype == Dtype::kFloat64) f(Fp64{});
-  with_storage(dtype, f);
-}
 
 SSLK_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 SSLK_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
@@ -48,38 +37,6 @@ SSLK_INLINE uint16_t random_bits(const EmaTensor& tensor, const EmaJob& job, int
   uint32_t words[4] = {static_cast<uint32_t>(at >> 3), tensor.index, job.step, kPhiloxEma};
   philox(words, job.seed, PhiloxScalar{});
   return static_cast<uint16_t>(words[at >> 1 & 3] >> (at & 1) * 16);
-}
-
-// Two vectors of words, side by side: the rounds of one wait for nothing of the other.
-struct WordPair {
-  VecWord a, b;
-  SSLK_INLINE WordPair operator^(const WordPair& other) const { return {a ^ other.a, b ^ other.b}; }
-  SSLK_INLINE WordPair operator^(uint32_t word) const { return {a ^ word, b ^ word}; }
-};
-
-struct PhiloxVector {
-  static SSLK_INLINE void multiply(VecWord a, uint32_t constant, VecWord& high, VecWord& low) {
-    const VecWord odd = (VecWord)((VecLong)a >> 32);
-    const VecLong even_product = multiply_wide(a, constant), odd_product = multiply_wide(odd, constant);
-    low = even_and_odd((VecWord)even_product, (VecWord)(odd_product << 32));
-    high = even_and_odd((VecWord)(even_product >> 32), (VecWord)odd_product);
-  }
-  SSLK_INLINE void operator()(const WordPair& x, uint32_t constant, WordPair& high, WordPair& low) const {
-    multiply(x.a, constant, high.a, low.a);
-    multiply(x.b, constant, high.b, low.b);
-  }
-};
-
-// Stores eight halves for each of kLanes counters, counter by counter.
-SSLK_INLINE void store_blocks(const VecWord& w0, const VecWord& w1, const VecWord& w2, const VecWord& w3,
-                              uint16_t* to) {
-  SSLK_UNROLL for (int lane = 0; lane < kLanes; lane += 4) {
-    const VecWord* words[] = {&w0, &w1, &w2, &w3};
-    Quad block[4];
-    SSLK_UNROLL for (int w = 0; w < 4; w++) block[w] = *(reinterpret_cast<const Quad*>(words[w]) + lane / 4);
-    transpose(block);
-    SSLK_UNROLL for (int q = 0; q < 4; q++) * reinterpret_cast<Quad*>(to + (lane + q) * 8) = block[q];
-  }
 }
 
 // The random bits of `count` elements from `element` on, one after the other; returns where they start in `buffer`.

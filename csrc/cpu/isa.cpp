@@ -10,6 +10,7 @@ namespace sslkernels {
   NtXentKernel nt_xent_kernel(bool bf16);    \
   ContrastKernel contrast_kernel(bool bf16); \
   EmaKernel ema_kernel();                    \
+  PatchMaskKernel patch_mask_kernel();       \
   Peak peak();                               \
   }
 SSLK_DECLARE(baseline)
@@ -22,13 +23,14 @@ namespace {
 
 std::vector<Isa> list() {
   std::vector<Isa> isas = {{"baseline", baseline::nt_xent_kernel, baseline::contrast_kernel, baseline::ema_kernel,
-                            baseline::peak, [] { return true; }}};
+                            baseline::patch_mask_kernel, baseline::peak, [] { return true; }}};
 #ifdef SSLKERNELS_HAVE_AVX2
-  isas.push_back({"avx2", avx2::nt_xent_kernel, avx2::contrast_kernel, avx2::ema_kernel, avx2::peak,
-                  [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }});
+  isas.push_back({"avx2", avx2::nt_xent_kernel, avx2::contrast_kernel, avx2::ema_kernel, avx2::patch_mask_kernel,
+                  avx2::peak, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }});
 #endif
 #ifdef SSLKERNELS_HAVE_AVX512
-  isas.push_back({"avx512", avx512::nt_xent_kernel, avx512::contrast_kernel, avx512::ema_kernel, avx512::peak, [] {
+  isas.push_back({"avx512", avx512::nt_xent_kernel, avx512::contrast_kernel, avx512::ema_kernel,
+                  avx512::patch_mask_kernel, avx512::peak, [] {
                     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                            __builtin_cpu_supports("fma");
@@ -36,7 +38,7 @@ std::vector<Isa> list() {
 #endif
 #ifdef SSLKERNELS_HAVE_AVX512_BF16
   isas.push_back({"avx512_bf16", avx512_bf16::nt_xent_kernel, avx512_bf16::contrast_kernel, avx512_bf16::ema_kernel,
-                  avx512_bf16::peak, [] {
+                  avx512_bf16::patch_mask_kernel, avx512_bf16::peak, [] {
                     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
                   }});

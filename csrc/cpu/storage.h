@@ -57,12 +57,25 @@ struct Fp16 {
   static uint16_t store(float x) { return to_fp16(x); }
 };
 
+struct Fp64 {
+  typedef double Storage;
+  static double load(double x) { return x; }
+  static double store(double x) { return x; }
+};
+
 // f(type) with the type that the inputs are stored in.
 template <class F>
 SSLK_INLINE void with_storage(Dtype dtype, const F& f) {
   if (dtype == Dtype::kFloat32) f(Fp32{});
   if (dtype == Dtype::kBFloat16) f(Bf16{});
   if (dtype == Dtype::kFloat16) f(Fp16{});
+}
+
+// The same where float64 is one of them.
+template <class F>
+SSLK_INLINE void with_any_storage(Dtype dtype, const F& f) {
+  if (dtype == Dtype::kFloat64) f(Fp64{});
+  with_storage(dtype, f);
 }
 
 }  // namespace sslkernels::SSLK_ISA

@@ -3,4 +3,5 @@
 #include "../contrast_kernel.h"
 #include "../ema_kernel.h"
 #include "../infonce_kernel.h"
+#include "../patch_mask_kernel.h"
 #include "../peak.h"

@@ -48,9 +48,7 @@ def invert_ids(ids_keep, tokens: int):
     ids, _ = _checked("random_masking", "ids_keep", ids_keep, tokens)
     ids_restore, mask = _inverted(ids, tokens)
     if _raises(ids):
-        twice = (~mask).sum(dim=1) != ids.shape[1]
-        if twice.any():
-            raise RuntimeError(f"random_masking: ids_keep must not repeat an id, row {int(twice.nonzero()[0])} does")
+        _refuse_repeated("random_masking", "ids_keep must not repeat an id", (~mask).sum(dim=1) != ids.shape[1])
     return ids_restore, mask
 
 
@@ -75,7 +73,7 @@ def random_masking_fwd(x, seed, sample_ids, scores, num_keep: int, num_prefix: i
 
 
 def gather_tokens_fwd(x, ids, num_prefix: int):
-    kept = _gathered("gather_tokens", x[:, num_prefix:], ids)
+    kept = _gathered("gather_tokens", "ids", x[:, num_prefix:], ids)
     return torch.cat([x[:, :num_prefix], kept], dim=1)
 
 
@@ -123,7 +121,7 @@ def restore_tokens_bwd(
 
 
 def gather_patches_fwd(images, ids, patch_size):
-    return _gathered("masked_patch_embed", patches(images, patch_size), ids)
+    return _gathered("masked_patch_embed", "ids_keep", patches(images, patch_size), ids)
 
 
 def gather_patches_bwd(grad, ids, image_shape, patch_size):
@@ -161,10 +159,10 @@ def _rows(x, ids):
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _gathered(op: str, x, ids):
+def _gathered(op: str, argument: str, x, ids):
     """Rows of x; NaN where an id is out of range on a device that does not wait for the answer."""
     tokens = x.shape[1]
-    safe, wrong = _checked(op, "ids", ids, tokens)
+    safe, wrong = _checked(op, argument, ids, tokens)
     if wrong is None:
         return _rows(x, safe)
     return _rows(x, safe.clamp(max=tokens - 1)).masked_fill(wrong[..., None], torch.nan)
@@ -185,10 +183,13 @@ def _scattered(grad, ids, tokens: int):
 def _checked_places(ids_restore, kept: int):
     """ids_restore with ``kept`` for every token that was removed."""
     wrong = ids_restore < 0
+    places = ids_restore.clamp(max=kept)
     if _raises(ids_restore):
         _refuse("restore_tokens", "ids_restore", ids_restore, wrong, "0 or more")
         wrong = None
-    places = ids_restore.clamp(max=kept)
+        counts = torch.zeros(places.shape[0], kept + 1, dtype=torch.int64)
+        counts = counts.scatter_add(1, places, torch.ones_like(places))
+        _refuse_repeated("restore_tokens", f"ids_restore must not repeat a place below {kept}", counts[:, :kept] > 1)
     if wrong is not None:
         places = torch.where(wrong, kept, places)
     return places, wrong
@@ -212,3 +213,8 @@ def _refuse(op: str, argument: str, ids, wrong, expected: str) -> None:
     if wrong.any():
         row, place = wrong.nonzero()[0].tolist()
         raise RuntimeError(f"{op}: {argument} must be {expected}, got {ids[row, place].item()} in row {row}")
+
+
+def _refuse_repeated(op: str, expected: str, repeated) -> None:
+    if repeated.any():
+        raise RuntimeError(f"{op}: {expected}, row {int(repeated.nonzero()[0, 0])} does")
