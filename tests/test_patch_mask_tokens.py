@@ -211,7 +211,10 @@ def test_every_shape_is_as_defined(samples, tokens, columns, prefix, seed, dtype
 
     for actual, expected in zip(everything(None), everything("reference"), strict=True):
         assert actual.shape == expected.shape and actual.dtype == expected.dtype
-        torch.testing.assert_close(actual, expected)
+        exact = not actual.is_floating_point() or not actual.numel()
+        # sums in another order, and of gradients that are each rounded to the dtype
+        atol = 0 if exact else 16 * torch.finfo(actual.dtype).eps * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 STRIDES = {
