@@ -6,14 +6,14 @@ TORCH ?= torch==2.14.1 torchvision==0.29.1
 DEVICE ?= cpu
 # processes that run the tests, each a file at a time
 JOBS ?= 2
-EXTRAS = train,test,lint
+EXTRAS = train,test,lint,docs
 
 VENV_PYTHON = .venv/bin/python
 PIP = $(VENV_PYTHON) -m pip --disable-pip-version-check
 CPP = $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/cpp/*.* $(addprefix tests/cuda_on_cpu/*.,h cuh cpp))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format sanitize triton-report cuda-report wheel build clean
+.PHONY: help demo test bench docs lint format sanitize triton-report cuda-report wheel build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -27,6 +27,10 @@ test: build ## run the whole test suite
 
 bench: build .venv/.bench ## measure against eager, torch.compile and lightly: JSON and a table (DEVICE=cuda on a GPU)
 	$(VENV_PYTHON) -m sslkernels bench --device $(DEVICE)
+
+docs: build ## build the documentation into build/site; a warning is an error
+	$(VENV_PYTHON) -m mkdocs -q build --strict
+	@echo 'open build/site/index.html; "$(VENV_PYTHON) -m mkdocs serve" has the search too'
 
 triton-report: build ## compile the Triton kernels ahead of time and rewrite their table of resources
 	$(VENV_PYTHON) tests/triton_aot.py

@@ -30,6 +30,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+__all__ = ["gather", "world"]
+
 EXCHANGES = ("gather", "ring")
 MESSAGE = 512  # bytes in which a rank describes its arguments
 Bundle = tuple["torch.Tensor | None", ...]
