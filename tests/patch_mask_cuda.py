@@ -25,7 +25,7 @@ class Operators:
     def invert_ids(self, ids_keep, tokens):
         samples, num_keep = ids_keep.shape
         results = ids(samples, tokens), flags(samples, tokens)
-        self.module.invert_ids(ids_keep, samples, num_keep, tokens, *results)
+        self.module.invert_ids(ids_keep.contiguous(), samples, num_keep, tokens, *results)
         return results
 
     def random_masking_fwd(self, x, seed, sample_ids, scores, num_keep, num_prefix, ordered):
@@ -35,12 +35,12 @@ class Operators:
 
     def gather_tokens_fwd(self, x, ids, num_prefix):
         out = poisoned(x, len(x), num_prefix + ids.shape[1], x.shape[2])
-        self.module.gather_tokens_fwd(dense(x), ids, num_prefix, out)
+        self.module.gather_tokens_fwd(dense(x), ids.contiguous(), num_prefix, out)
         return out
 
     def gather_tokens_bwd(self, grad, ids, tokens, num_prefix):
         out = poisoned(grad, len(grad), num_prefix + tokens, grad.shape[2])
-        self.module.gather_tokens_bwd(dense(grad), ids, num_prefix, out)
+        self.module.gather_tokens_bwd(dense(grad), ids.contiguous(), num_prefix, out)
         return out
 
     def restore_tokens_fwd(self, x, ids_restore, mask_token, pos_embed, num_prefix):

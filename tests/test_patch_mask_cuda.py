@@ -24,11 +24,12 @@ SUM_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.
 NONSENSE = (-1, -(2**63), 2**63 - 1, 2**32)
 # what threads do together does not depend on the dtype
 EVERY_DTYPE = [(dtype, schedule) for dtype in DTYPES for schedule in (SCHEDULES if dtype == torch.float32 else (5,))]
+SPECS = [spec for spec in OPS if not spec.name.endswith("_mask") or spec.name == "patch_mask"]  # not the mask makers
 CASES = [
     pytest.param(spec, case, dtype, id=f"{spec.name}-{case.name}-{dtype}")
-    for spec in OPS
+    for spec in SPECS
     for case in spec.cases
-    for dtype in {torch.float32, torch.bfloat16} & set(spec.dtypes) or spec.dtypes
+    for dtype in [d for d in (torch.float32, torch.bfloat16) if d in spec.dtypes] or spec.dtypes
     if case.tags != {"bench"}
 ]
 
@@ -205,7 +206,7 @@ def test_rows_of_ids_that_do_not_exist_are_nan(dtype, schedule):
 
     places = torch.tensor([[1, *NONSENSE, 0], [5, 2, 3, 4, -8, 0]])  # any place from num_keep on is removed
     x, mask_token = normal(2, 1 + 3, 5, dtype=dtype), normal(5, dtype=dtype, seed=1)
-    expected = reference.restore_tokens_fwd(x, places.clamp(0, 3), mask_token, None, 1)
+    expected = reference.restore_tokens_fwd(x, torch.where(places < 0, 3, places), mask_token, None, 1)
     expected[:, 1:][places < 0] = torch.nan
     assert_same(operators.restore_tokens_fwd(x, places, mask_token, None, 1), expected)
     grad = normal(2, 1 + 6, 5, dtype=dtype)
@@ -316,6 +317,6 @@ def test_as_exact_as_eager(spec, case, dtype):
 
 def test_the_compiled_cuda_kernels_own_the_key():
     require_or_skip(shutil.which("nvcc") and _library.extension, "nvcc is not installed, or the extension is not built")
-    for spec in OPS:
+    for spec in SPECS:
         backend = _library.backends()[spec.name]["cuda"]
         assert (backend.active, backend.besides) == ("cuda", ("triton",))
