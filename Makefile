@@ -4,6 +4,8 @@ PYTHON ?= python3
 # a pair that fits together; "make TORCH='torch torchvision'" takes the newest
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 DEVICE ?= cpu
+# processes that run the tests, each a file at a time
+JOBS ?= 2
 EXTRAS = train,test,lint,docs
 
 VENV_PYTHON = .venv/bin/python
@@ -21,7 +23,7 @@ demo: build ## train SimCLR on the embedded digits and print the result
 	$(VENV_PYTHON) -m sslkernels train simclr --demo
 
 test: build ## run the whole test suite
-	$(VENV_PYTHON) -m pytest
+	$(VENV_PYTHON) -m pytest -n $(JOBS) --dist loadfile
 
 bench: build .venv/.bench ## measure against eager, torch.compile and lightly: JSON and a table (DEVICE=cuda on a GPU)
 	$(VENV_PYTHON) -m sslkernels bench --device $(DEVICE)

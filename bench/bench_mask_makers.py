@@ -99,8 +99,8 @@ class MaskCollator:
             targets.append([ids for ids, _ in blocks])
             contexts.append(self._block(context_size, [complement for _, complement in blocks])[0])
         shortest = min(map(len, contexts))
-        contexts = torch.utils.data.default_collate([ids[:shortest] for ids in contexts])
-        return contexts, torch.utils.data.default_collate(targets)
+        collate = torch.utils.data.default_collate
+        return [collate([ids[:shortest] for ids in contexts]), *collate(targets)]
 
 
 def wav2vec(batch_size: int, num_tokens: int, lengths, mask_prob: float = 0.65, span_length: int = 10) -> np.ndarray:

@@ -21,6 +21,11 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"  # they read nvcc's
 # what reads or writes no more than a number or two for each row or column, where 16 bytes at a time would gain nothing
 FEW_LOADS = ("contrast_terms_kernel", "contrast_factors_kernel", "contrast_totals_kernel", "contrast_merge_kernel")
 FEW_STORES = (*FEW_LOADS[1:], "contrast_sigmoid_rows_kernel")
+# or what goes from bit to bit or from index to index, or folds a few partial sums
+NARROW = r"(block|multi_block|span)_mask_kernel|patch_mask::patch_(select|places|invert|lists|total)_kernel\b.*"
+NARROW += r"|patch_loss::patch_loss_(count|total)_kernel\b.*"
+# or what serves rows of narrower alignment: its variant for uint4 is the wide one
+NARROW += r"|patch_mask::patch_\w+_kernel<(\w+, )?(uint2|unsigned int|unsigned short|float)\b.*"
 WIDE_LOAD, WIDE_STORE = r"\bLDG\.E\S*\.128\b", r"\bSTG\.E\S*\.128\b"
 
 
@@ -44,7 +49,8 @@ class Resources:
         # eight elements at a time are 16 bytes or more, but for float64, which goes one by one
         lacks_loads = not self.wide_loads and self.kernel not in FEW_LOADS
         lacks_stores = not self.wide_stores and self.kernel not in FEW_STORES
-        if "Fp64" not in self.kernel and (lacks_loads or lacks_stores):
+        wide = "Fp64" not in self.kernel and not re.fullmatch(NARROW, self.kernel)
+        if wide and (lacks_loads or lacks_stores):
             found.append("no 16-byte loads or stores")
         return [f"{self.target} {self.kernel}: {fault}" for fault in found]
 
@@ -82,7 +88,7 @@ def _read(path: Path, target: str) -> list[Resources]:
 def _readable(symbol: str) -> str:
     """ema_update_kernel<Fp32, Bf16> of a mangled name."""
     name = _run("c++filt", symbol).strip().removeprefix("void ")
-    return re.sub(r"\(.*", "", name).replace("sslkernels::", "").replace("ema::", "").replace("contrast::", "")
+    return re.sub(r"\(.*|(sslkernels|ema|contrast|masks)::", "", name)
 
 
 def _run(*command) -> str:
@@ -100,7 +106,7 @@ def render(rows: list[Resources]) -> str:
         f"Compiled by nvcc {nvcc_version()}, without a GPU; `make cuda-report` rewrites this file.",
         "Registers and bytes of stack are those of a thread, bytes of shared memory those of a block; the last columns",
         "count instructions that load and store 16 bytes. Asserted: no spills, no stack, and 16-byte accesses wherever",
-        "there is no float64, but for kernels that touch only a number or two for each row or column.",
+        "there is no float64, but for kernels that touch only a number or two for each row or column, or single bits.",
     ]
     columns = "| kernel | registers | spills | stack | shared | 16-byte loads | 16-byte stores |"
     for target in TARGETS:

@@ -24,9 +24,10 @@ def quick(tmp_path_factory):
     """Results of the quick benchmark and its printed table, from a process of its own as a person runs it."""
     pytest.importorskip("pytest_benchmark")
     file = tmp_path_factory.mktemp("bench") / "results.json"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     ran = subprocess.run(
         [sys.executable, "-m", "sslkernels", "bench", "--quick", "--json", str(file)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -59,7 +60,7 @@ def test_the_race_leaves_ratios_of_its_own_medians(quick):
         assert all(entry["samples"] + entry["disturbed"] >= 3 for entry in race["contenders"].values())
     both = next(race for race in races if race["direction"] == "forward+backward")
     memory = both["contenders"]["ours fp32"]["extra_mib"]
-    assert memory is None or 0 < memory < 100
+    assert memory is None or 0 <= memory < 100
 
 
 def test_the_roofline_is_the_cost_at_the_measured_rates(quick):

@@ -33,7 +33,7 @@ def test_every_kernel_is_compiled_for_every_target(rows):
         name for paths in sources for path in paths for name in re.findall(r"\b(\w+_kernel)\(", path.read_text())
     }
     for target in cuda_aot.TARGETS:
-        compiled = {re.sub("<.*", "", row.kernel) for row in rows if row.target == target}
+        compiled = {re.sub("<.*", "", row.kernel).split("::")[-1] for row in rows if row.target == target}
         assert compiled == written
     counts = [sum(row.target == target for row in rows) for target in cuda_aot.TARGETS]
     assert len(set(counts)) == 1
@@ -51,7 +51,7 @@ def test_the_table_is_up_to_date(rows):
 
 
 def test_faults_are_found(rows):
-    row = next(row for row in rows if "Fp64" not in row.kernel)
+    row = next(row for row in rows if row.wide_loads and row.wide_stores)
     assert not row.faults()
     assert len(replace(row, spills=1).faults()) == 1
     assert len(replace(row, stack=8, wide_loads=0).faults()) == 2

@@ -12,6 +12,7 @@ from mask_makers import assert_uniform, box, runs
 from sslkernels import block_mask, multi_block_mask, multi_block_sizes, patch_mask, span_mask, tube_mask
 from sslkernels.ops.patch_mask import grids
 from sslkernels.ops.patch_mask import mask_makers_reference as reference
+from sslkernels.philox import BLOCK_MASK_STREAM, SPAN_MASK_STREAM
 
 BACKENDS = (None, "reference")
 SEEDS = st.integers(-(2**63), 2**64 - 1)
@@ -57,7 +58,7 @@ def test_blocks_reach_every_place_equally_often():
 
 
 def test_sides_lie_between_the_bounds():
-    words = reference._Draws(torch.tensor(3), None, 20000, 3).words(0, 1)[:, 0]
+    words = reference._Draws(torch.tensor(3), None, 20000, BLOCK_MASK_STREAM).words(0, 1)[:, 0]
     limit, factors = torch.full((20000,), 64), torch.tensor(grids.aspects(0.3, 2.0)).view(-1, 2)
     rectangles, fits = reference._draw_rectangle(words, limit, factors, 30, 30, 10)
     height, width = rectangles.any(2).sum(1).double(), rectangles.any(1).sum(1).double()
@@ -255,6 +256,15 @@ def test_single_tokens_are_a_random_subset():
     masks = span_mask(20000, 40, span_length=1, num_spans=13, seed=4)
     assert (masks.sum(1) == 13).all()
     assert_uniform(masks.sum(0))
+
+
+def test_samples_whose_keys_are_all_large_get_what_they_asked_for():
+    """The kernels look at keys below a limit first, which in one sample of some ten thousand are too few."""
+    ids = torch.tensor([46651, 89715, 101298])
+    keys = reference._Draws(torch.tensor(4), ids, 3, SPAN_MASK_STREAM).words(reference.KEY_DRAWS, 75).flatten(1)
+    assert ((keys < 2**32 * (8 + 4 * 2 + 8) // 300).sum(1) < 8).all()
+    masks = span_mask(3, 300, span_length=1, num_spans=8, seed=4, sample_ids=ids)
+    assert torch.equal(masks.nonzero()[:, 1].view(3, 8), keys.argsort(dim=1)[:, :8].sort(dim=1).values)
 
 
 # ---- tubes

@@ -75,12 +75,11 @@ def test_cuda_brings_into_range_what_nobody_checked(monkeypatch):
     assert span_mask(2, 20, span_length=1, num_spans=torch.tensor([-5, 99]), seed=1).sum(1).tolist() == [0, 20]
 
 
-@pytest.mark.parametrize("op", CALLS)
-def test_other_devices_fall_back_to_the_definition_or_are_compiled(op):
-    require_or_skip(not _library.extension or "cuda" in _library.extension.build_info(), "")
+@pytest.mark.parametrize("op", MAKERS)
+def test_cuda_has_compiled_kernels_or_the_definition_but_no_triton(op):
     report = sslkernels.backends()[op]["cuda"]
     built = _library.extension is not None and _library.extension.build_info()["cuda"] == "built"
-    assert op == "tube_mask" or report.active == ("cuda" if built else "reference")
+    assert (report.active, report.besides) == ("cuda" if built else "reference", ())
 
 
 @given(st.data())
@@ -194,10 +193,12 @@ def test_compiles_whole_without_recompiling_for_the_last_batch(op):
         "tube_mask": lambda x: tube_mask(x.shape[0], (3, 4, 5), 0.7, seed=x.sum().long()),
     }
     compiled = torch.compile(options[op], fullgraph=True, dynamic=True, backend=counter)
+    counts = []
     for samples in (8, 6, 5):
         lengths = torch.arange(samples) + 40
         assert torch.equal(flat(compiled(lengths)), flat(options[op](lengths)))
-    assert counter.frame_count == 1
+        counts.append(counter.frame_count)
+    assert counts[2] == counts[0]
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -297,7 +298,7 @@ ERRORS = [
     (lambda: spans(1.5), "ValueError: span_mask: mask_prob must be in [0, 1], got 1.5"),
     (lambda: spans(span_length=0), "ValueError: span_mask: span_length must be at least 1, got 0"),
     (lambda: spans(num_spans=-1), "ValueError: span_mask: num_spans must be at least 0, got -1"),
-    (lambda: spans(num_spans=ids(1, -1)), "RuntimeError: span_mask: num_spans must be "),
+    (lambda: spans(num_spans=ids(1, -1)), "RuntimeError: span_mask: num_spans must be at least 0, got -1 in row 1"),
     (lambda: spans(lengths=ids(1, 10)), "RuntimeError: span_mask: lengths must be in [0, 9], got 10 in row 1"),
     (lambda: spans(lengths=9), "TypeError: span_mask: lengths must be a tensor of integers, got int"),
     (lambda: tube_mask(2, (3, 4)), "TypeError: tube_mask: grid_size must be three ints, frames, height and width, got"),
@@ -312,4 +313,5 @@ def test_errors_name_what_is_wrong(mistaken, error):
     with pytest.raises((TypeError, ValueError, RuntimeError)) as raised:
         mistaken()
     assert type(raised.value).__name__ == kind
-    assert str(raised.value).startswith(message)
+    # errors of the compiled kernels begin with their place in the source
+    assert message in str(raised.value) if kind == "RuntimeError" else str(raised.value).startswith(message)

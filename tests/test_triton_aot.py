@@ -62,7 +62,7 @@ def _hungry_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
 def test_faults_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     x = torch.zeros(128, 128, dtype=torch.bfloat16)
-    with capture("sm_80") as launches:
+    with capture("sm_80") as launches, triton_aot.compiled_once("sm_80"):
         _hungry_kernel[(1,)](x_ptr=x, out_ptr=x.float(), SIZE=128, num_warps=1)
     measured = triton_aot.measure("sm_80", x.dtype, launches[0])
     assert measured.spills > 0 and measured.stack > 0 and measured.multiplies_16_bits and measured.tensor_core_ops > 0
@@ -70,3 +70,7 @@ def test_faults_are_found(tmp_path, monkeypatch):
     assert fault.startswith("sm_80 _hungry_kernel bfloat16 (SIZE=128): spills: ")
     worse = replace(measured, shared=SHARED_LIMIT["sm_80"] + 1, tensor_core_ops=0)
     assert len(worse.faults()) == 3
+
+
+def test_the_table_is_read_as_it_is_written():
+    assert triton_aot.render(list(triton_aot.parse(TABLE.read_text()))) == TABLE.read_text()

@@ -98,6 +98,7 @@ def interpret(target: str = "sm_90", order_seed: int | None = None) -> Iterator[
         ),
         mock.patch.object(interpreter, "interpreter_builder", machine.builder),
         mock.patch.object(interpreter, "interpreter_semantic", machine.semantic),
+        mock.patch.object(interpreter.ReduceOps, "generic_reduce", _generic_reduce),
         _active_driver(TARGETS[target]),
         _OnGPU(machine.reachable),
     ):
@@ -122,7 +123,7 @@ def _grid(grid, meta: dict) -> tuple[int, int, int]:
 class _OnGPU(TorchDispatchMode):
     """Sends our operators to their Triton launchers, which must not read the device's memory on the host.
 
-    Fills fresh memory with NaN or the largest integer.
+    Fills fresh memory with NaN or the largest integer; where kernels are not run, with zeros, which are valid ids.
     """
 
     FRESH = (
@@ -137,7 +138,8 @@ class _OnGPU(TorchDispatchMode):
         super().__init__()
         self.launchers = launchers()
         self.launching = False
-        self.reachable = [] if reachable is None else reachable  # the memory of the operator's arguments
+        self.runs = reachable is not None
+        self.reachable = reachable if self.runs else []  # the memory of the operator's arguments
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in self.launchers:
@@ -153,7 +155,9 @@ class _OnGPU(TorchDispatchMode):
             raise RuntimeError("a launcher reads a tensor's value on the host, which would wait for the GPU")
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in self.FRESH:
-            if out.is_floating_point():
+            if not self.runs:
+                out.zero_()
+            elif out.is_floating_point():
                 out.fill_(torch.nan)
             else:
                 out.fill_(True if out.dtype == torch.bool else torch.iinfo(out.dtype).max)
@@ -261,6 +265,17 @@ def _in_fp32(reduce):
         return reduce(inputs.to(tl.float32), *args, **kwargs).to(tl.bfloat16)
 
     return wrapped
+
+
+_one_by_one = interpreter.ReduceOps.generic_reduce
+
+
+def _generic_reduce(reduce, inputs):
+    """A reduction that Triton's interpreter has no NumPy function for: tl.sort is made of exclusive ors."""
+    if reduce.combine_fn is not tl.standard._xor_combine:
+        return _one_by_one(reduce, inputs)
+    results = [np.bitwise_xor.reduce(x.handle.data, axis=reduce.axis, keepdims=reduce.keep_dims) for x in inputs]
+    return [reduce.to_tensor(result, x.dtype) for result, x in zip(results, inputs, strict=True)]
 
 
 def _is_bf16(handle) -> bool:

@@ -268,12 +268,11 @@ class ContrastRunner {
     job_.lse_rows[row] = logsumexp(total, peak);
     if (job_.peak_rows) job_.peak_rows[row] = natural(peak);
     if (!job_.attract) return;
+    std::vector<double> sums(job_.logits.dim);
+    for (size_t l = 0; l < lanes_.size(); l++)
+      each_grad(lanes_[l], row, [&](int64_t d, float grad) { sums[d] += factors[l] * grad; });
     float* out = job_.attraction + row * job_.logits.dim;
-    for (int64_t d = 0; d < job_.logits.dim; d++) {
-      double sum = 0;
-      for (size_t l = 0; l < lanes_.size(); l++) sum += factors[l] * grad_at(lanes_[l], row, d);
-      out[d] = total > 0 ? static_cast<float>(sum / total) : 0;
-    }
+    for (int64_t d = 0; d < job_.logits.dim; d++) out[d] = total > 0 ? static_cast<float>(sums[d] / total) : 0;
   }
 
   // ---- closing
@@ -285,9 +284,13 @@ class ContrastRunner {
   float natural(float base2) const {
     return base2 <= -job_.logits.none2 ? -std::numeric_limits<float>::infinity() : static_cast<float>(base2 / kLog2E);
   }
-  float grad_at(const Side& side, int64_t row, int64_t d) const {
-    const int64_t panel = kernel_.panel;
-    return side.grad[(d / panel * side.padded_rows + row) * panel + d % panel];
+  template <class F>
+  void each_grad(const Side& side, int64_t row, const F& f) const {
+    const int64_t dim = job_.logits.dim, panel = kernel_.panel;
+    for (int64_t first = 0; first < dim; first += panel) {
+      const float* grad = side.grad + first * side.padded_rows + row * panel;
+      for (int64_t d = first; d < std::min(first + panel, dim); d++) f(d, grad[d - first]);
+    }
   }
 
   void close_sums(const Side& side, double* out, float* peaks) const {
@@ -336,13 +339,13 @@ class ContrastRunner {
   double close_gradient(const ContrastSide& of, int64_t row, float* out) const {
     const int64_t dim = job_.logits.dim;
     const float* x = static_cast<const float*>(of.in.view[0]) + row * of.in.row_stride[0];
-    double along = 0;
-    for (int64_t d = 0; d < dim; d++) {
-      const double grad = grad_at(of.side, row, d) * job_.largest_gradient;
-      along += grad * x[d * of.in.column_stride[0]];
-      out[row * dim + d] = static_cast<float>(grad * job_.scale);
-    }
-    return along;
+    const double factor = job_.largest_gradient * job_.scale;
+    double along[2] = {0, 0};  // two chains
+    each_grad(of.side, row, [&](int64_t d, float grad) {
+      along[d % 2] += static_cast<double>(grad) * x[d * of.in.column_stride[0]];
+      out[row * dim + d] = static_cast<float>(grad * factor);
+    });
+    return (along[0] + along[1]) * job_.largest_gradient;
   }
 
   template <class F>

@@ -10,6 +10,7 @@ namespace sslkernels {
   NtXentKernel nt_xent_kernel(bool bf16);    \
   ContrastKernel contrast_kernel(bool bf16); \
   EmaKernel ema_kernel();                    \
+  PatchLossKernel patch_loss_kernel();       \
   PatchMaskKernel patch_mask_kernel();       \
   Peak peak();                               \
   }
@@ -21,30 +22,31 @@ SSLK_DECLARE(avx512_bf16)
 
 namespace {
 
+#define SSLK_KERNELS(isa)                                                                                           \
+  #isa, isa::nt_xent_kernel, isa::contrast_kernel, isa::ema_kernel, isa::patch_loss_kernel, isa::patch_mask_kernel, \
+      isa::peak
+
 std::vector<Isa> list() {
-  std::vector<Isa> isas = {{"baseline", baseline::nt_xent_kernel, baseline::contrast_kernel, baseline::ema_kernel,
-                            baseline::patch_mask_kernel, baseline::peak, [] { return true; }}};
+  std::vector<Isa> isas = {{SSLK_KERNELS(baseline), [] { return true; }}};
 #ifdef SSLKERNELS_HAVE_AVX2
-  isas.push_back({"avx2", avx2::nt_xent_kernel, avx2::contrast_kernel, avx2::ema_kernel, avx2::patch_mask_kernel,
-                  avx2::peak, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }});
+  isas.push_back({SSLK_KERNELS(avx2), [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }});
 #endif
 #ifdef SSLKERNELS_HAVE_AVX512
-  isas.push_back({"avx512", avx512::nt_xent_kernel, avx512::contrast_kernel, avx512::ema_kernel,
-                  avx512::patch_mask_kernel, avx512::peak, [] {
+  isas.push_back({SSLK_KERNELS(avx512), [] {
                     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                            __builtin_cpu_supports("fma");
                   }});
 #endif
 #ifdef SSLKERNELS_HAVE_AVX512_BF16
-  isas.push_back({"avx512_bf16", avx512_bf16::nt_xent_kernel, avx512_bf16::contrast_kernel, avx512_bf16::ema_kernel,
-                  avx512_bf16::patch_mask_kernel, avx512_bf16::peak, [] {
+  isas.push_back({SSLK_KERNELS(avx512_bf16), [] {
                     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
                   }});
 #endif
   return isas;
 }
+#undef SSLK_KERNELS
 
 const Isa* choose() {
   const char* wanted = std::getenv("SSLKERNELS_ISA");

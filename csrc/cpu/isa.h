@@ -6,6 +6,7 @@
 #include "contrast.h"
 #include "ema.h"
 #include "infonce.h"
+#include "patch_loss.h"
 #include "patch_mask.h"
 
 namespace sslkernels {
@@ -21,6 +22,7 @@ struct Isa {
   NtXentKernel (*nt_xent)(bool bf16);
   ContrastKernel (*contrast)(bool bf16);
   EmaKernel (*ema)();
+  PatchLossKernel (*patch_loss)();
   PatchMaskKernel (*patch_mask)();
   Peak (*peak)();
   bool (*supported)();

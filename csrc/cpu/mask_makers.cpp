@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "../mask_maker_args.h"
@@ -13,20 +14,24 @@ namespace sslkernels {
 namespace masks {
 namespace {
 
-// Runs body(begin, end) over a partition of [0, n), in parts that are worth waking a thread for.
+// Runs body(begin, end) over a partition of [0, n), in parts of so many tokens that waking a thread is worth while.
 struct SampleThreads {
-  int64_t tokens;
+  int64_t tokens, part;
 
   template <class Body>
   void operator()(int64_t n, const Body& body) const {
-    torch::stable::parallel_for(0, n, std::max<int64_t>(1, 2048 / std::max<int64_t>(1, tokens)), body);
+    torch::stable::parallel_for(0, n, std::max<int64_t>(1, part / std::max<int64_t>(1, tokens)), body);
   }
 };
 
+constexpr int64_t kNoLimit = INT64_MAX;
+
 void check_values(const char* op, const char* argument, const Integers& x, int64_t count, int64_t most) {
-  for (int64_t i = 0; i < count; i++)
-    STD_TORCH_CHECK(0 <= x.data[i] && x.data[i] <= most, op, ": ", argument, " must be in [0, ", most, "], got ",
-                    x.data[i], " in row ", i);
+  for (int64_t i = 0; i < count; i++) {
+    if (0 <= x.data[i] && x.data[i] <= most) continue;
+    const std::string range = most == kNoLimit ? "at least 0" : "in [0, " + std::to_string(most) + "]";
+    STD_TORCH_CHECK(false, op, ": ", argument, " must be ", range, ", got ", x.data[i], " in row ", i);
+  }
 }
 
 uint64_t value_of(const Tensor& seed) {
@@ -45,7 +50,7 @@ Tensor block_mask_fwd_cpu(const Tensor& seed, const MaybeTensor& sample_ids, con
   const Samples samples{count, patches, value_of(seed), ids.data, kPhiloxBlockMask};
   check_values(kOp, "num_masked", wanted, count, patches);
   Tensor mask = torch::stable::new_empty(seed, {count, height, width}, ScalarType::Bool);
-  make_block_masks(samples, job, wanted.data, data<bool>(mask), SampleThreads{patches});
+  make_block_masks(samples, job, wanted.data, data<bool>(mask), SampleThreads{patches, 32768});
   return mask;
 }
 
@@ -58,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multi_block_mask_fwd_cpu(
   const Integers ids("multi_block_mask", "sample_ids", sample_ids, count, seed);
   const Samples samples{count, height * width, value_of(seed), ids.data, kPhiloxMultiBlockMask};
   const MultiBlockTensors out(seed, count, job);
-  make_multi_block_masks(samples, job, out.first(), SampleThreads{samples.tokens});
+  make_multi_block_masks(samples, job, out.first(), SampleThreads{samples.tokens, 4096});
   return {out.context_ids, out.context_counts, out.target_ids, out.context_mask, out.target_mask};
 }
 
@@ -72,9 +77,9 @@ Tensor span_mask_fwd_cpu(const Tensor& seed, const MaybeTensor& sample_ids, cons
       asked(kOp, "num_spans", num_spans, count, seed);
   const Samples samples{count, tokens, value_of(seed), ids.data, kPhiloxSpanMask};
   check_values(kOp, "lengths", valid, count, tokens);
-  if (asked.data) check_values(kOp, "num_spans", asked, count, INT64_MAX);
+  if (asked.data) check_values(kOp, "num_spans", asked, count, kNoLimit);
   Tensor mask = torch::stable::new_empty(seed, {count, tokens}, ScalarType::Bool);
-  make_span_masks(samples, job, valid.data, asked.data, data<bool>(mask), SampleThreads{tokens});
+  make_span_masks(samples, job, valid.data, asked.data, data<bool>(mask), SampleThreads{tokens, 16384});
   return mask;
 }
 

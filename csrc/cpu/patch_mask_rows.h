@@ -3,7 +3,7 @@
 #pragma once
 #include <vector>
 
-#include "patch_mask.h"
+#include "patch_mask_share.h"
 
 namespace sslkernels {
 

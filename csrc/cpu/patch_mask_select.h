@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "patch_mask.h"
+#include "patch_mask_share.h"
 
 namespace sslkernels {
 
@@ -49,7 +49,7 @@ class Selection {
       count += stays;
     }
     int64_t* keep = job_.ids_keep + sample * job_.kept;
-    if (!job_.ordered) std::sort(kept_.begin(), kept_.begin() + job_.kept);
+    if (!job_.ordered) sort_kept();
     for (int64_t k = 0; k < job_.kept; k++) keep[k] = token(kept_[k]);
     for (int64_t k = 0; !job_.ordered && k < job_.kept; k++) restore[keep[k]] = k;
   }
@@ -83,10 +83,25 @@ class Selection {
     return candidates_[rank];
   }
 
+  // By key. They come in order of index, which a stable sort keeps among equals.
+  void sort_kept() {
+    if (job_.kept < kFewestForRadix) return std::sort(kept_.begin(), kept_.begin() + job_.kept);
+    sorted_.resize(kept_.size());
+    for (int shift = 32; shift < 64; shift += 8) {
+      int64_t ends[256] = {};
+      for (int64_t k = 0; k < job_.kept; k++) ends[kept_[k] >> shift & 255]++;
+      for (int digit = 1; digit < 256; digit++) ends[digit] += ends[digit - 1];
+      for (int64_t k = job_.kept - 1; k >= 0; k--) sorted_[--ends[kept_[k] >> shift & 255]] = kept_[k];
+      kept_.swap(sorted_);
+    }
+  }
+
+  static constexpr int64_t kFewestForRadix = 128;
+
   const MaskJob& job_;
   const PatchMaskKernel& kernel_;
   std::vector<uint32_t> keys_;
-  std::vector<uint64_t> kept_, candidates_;
+  std::vector<uint64_t> kept_, candidates_, sorted_;
   std::vector<int64_t> histogram_;
 };
 

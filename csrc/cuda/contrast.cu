@@ -1,6 +1,4 @@
 // sslkernels::contrast_cuda_fwd, contrast_cuda_bwd, sigmoid_contrast_cuda_fwd and sigmoid_contrast_cuda_bwd.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -10,9 +8,7 @@
 
 #include "checks.h"
 #include "cuda/contrast.cuh"
-
-// weak: the same library loads where torch has no CUDA
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "cuda/torch_host.h"
 
 namespace sslkernels {
 namespace {
@@ -30,20 +26,10 @@ ScalarType scalar_type(Dtype dtype) {
                                      : ScalarType::Half;
 }
 
-// torch multiplies and allocates: its cuBLAS handle and its caching allocator, on its current stream, so that the
-// operators may be captured in a CUDA graph. Its fp32 products are TF32 where torch was told so.
-class TorchHost {
+// torch multiplies: its cuBLAS handle. Its fp32 products are TF32 where torch was told so.
+class MultiplyingHost : public TorchHost {
  public:
-  explicit TorchHost(const Tensor& query) : guard_(query.get_device_index()), like_(query), device_(query.device()) {
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(query.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-
-  void* allocate(int64_t bytes) {
-    memory_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
-    return memory_.back().mutable_data_ptr();
-  }
+  explicit MultiplyingHost(const Tensor& query) : TorchHost(kOp, query), device_(query.device()) {}
 
   void multiply(const Matrix& a, const Matrix& b, const Matrix& out) {
     using torch::stable::detail::from;
@@ -56,23 +42,13 @@ class TorchHost {
     torch::stable::detail::to<Tensor>(stack[0]);  // `out` once more, to be released
   }
 
-  void check() const {
-    const cudaError_t status = cudaGetLastError();
-    STD_TORCH_CHECK(status == cudaSuccess, kOp, ": launch: ", cudaGetErrorString(status));
-  }
-
-  cudaStream_t stream;
-
  private:
   Tensor tensor(const Matrix& m) const {
     return torch::stable::from_blob(m.data, {m.rows, m.columns}, {m.row_stride, m.column_stride}, device_,
                                     scalar_type(m.dtype));
   }
 
-  const torch::stable::accelerator::DeviceGuard guard_;
-  const Tensor like_;
   const Device device_;
-  std::vector<Tensor> memory_;
 };
 
 // ---- arguments
@@ -177,7 +153,7 @@ Forward contrast_fwd_cuda(const Tensor& query, const std::optional<Tensor>& key,
     if (columns) results.columns.peak = data<float>(peak_columns);
   }
   if (attract) results.attraction = data<float>(attraction);
-  TorchHost host(query);
+  MultiplyingHost host(query);
   contrast::forward(host, in, results);
   return {lse_rows, lse_columns, peak_rows, peak_columns, skipped, attraction};
 }
@@ -197,7 +173,7 @@ Backward contrast_bwd_cuda(const Tensor& grad_rows, const std::optional<Tensor>&
   const Tensor grad_key = torch::stable::new_zeros(query, {key ? in.pairs.columns : 0, key ? in.dim : 0});
   const Tensor grad_scale = torch::stable::new_zeros(scale, {});
   const int64_t columns = in.pairs.columns;
-  TorchHost host(query);
+  MultiplyingHost host(query);
   contrast::softmax_backward(
       host, in, held.data<double>("grad_rows", grad_rows, ScalarType::Double, in.rows),
       held.data<double>("grad_columns", grad_columns, ScalarType::Double, columns),
@@ -213,7 +189,7 @@ Tensor sigmoid_contrast_fwd_cuda(const Tensor& query, const Tensor& key, const T
   Held held(query);
   const Inputs in = inputs_of(held, query, key, scale, positive, query_ids, key_ids, matmul);
   const Tensor loss = torch::stable::new_empty(query, {in.rows}, ScalarType::Double);
-  TorchHost host(query);
+  MultiplyingHost host(query);
   contrast::sigmoid_forward(host, in, held.data<float>("bias", bias, ScalarType::Float, 1), data<double>(loss));
   return loss;
 }
@@ -230,7 +206,7 @@ SigmoidBackward sigmoid_contrast_bwd_cuda(const Tensor& grad_rows, const Tensor&
   const Tensor grad_query = torch::stable::new_zeros(query, {in.rows, in.dim});
   const Tensor grad_key = torch::stable::new_zeros(query, {in.pairs.columns, in.dim});
   const Tensor grad_scale = torch::stable::new_zeros(scale, {}), grad_bias = torch::stable::new_zeros(bias, {});
-  TorchHost host(query);
+  MultiplyingHost host(query);
   contrast::sigmoid_backward(
       host, in, held.data<float>("bias", bias, ScalarType::Float, 1),
       held.data<double>("grad_rows", grad_rows, ScalarType::Double, in.rows),

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock  # torch brings it
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAME = "cuda_on_cpu_kernels"
 
@@ -24,7 +26,9 @@ SCHEDULES = range(8)
 def build(sanitizer: str = "") -> Path:
     """The module, or the test program under a sanitizer ("address", "thread"), brought up to date."""
     command = [sys.executable, "setup.py", "-q", "cuda_on_cpu", *([f"--sanitizer={sanitizer}"] if sanitizer else [])]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (ROOT / "build").mkdir(exist_ok=True)
+    with FileLock(ROOT / "build/cuda_on_cpu.lock"):  # tests may run in several processes
+        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         raise RuntimeError(f"building tests/cuda_on_cpu failed:\n{result.stdout}")
     if sanitizer:

@@ -16,7 +16,9 @@ using namespace sslkernels;
 void define_examples(py::module_& m);
 void define_ema(py::module_& m);
 void define_contrast(py::module_& m);
+void define_patch_mask(py::module_& m);
 void define_mask_makers(py::module_& m);
+void define_patch_loss(py::module_& m);
 
 PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
   m.attr("SCHEDULES") = cuda_on_cpu::kSchedules;
@@ -24,5 +26,7 @@ PYBIND11_MODULE(cuda_on_cpu_kernels, m) {
   define_examples(m);
   define_ema(m);
   define_contrast(m);
+  define_patch_mask(m);
   define_mask_makers(m);
+  define_patch_loss(m);
 }

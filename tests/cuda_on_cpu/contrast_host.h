@@ -1,25 +1,13 @@
-// What the steps of the contrastive core need besides kernels, on the CPU: memory full of poison, and plain loops that
-// multiply as exactly as a matrix multiplication can.
+// What the steps of the contrastive core need besides kernels, on the CPU: memory, and plain loops that multiply as
+// exactly as a matrix multiplication can.
 #pragma once
-#include <cmath>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cuda/contrast.cuh"
+#include "host.h"
 
-class CpuHost {
+class CpuHost : public HostMemory {
  public:
-  cudaStream_t stream = nullptr;
-
-  void* allocate(int64_t bytes) {
-    memory_.emplace_back(static_cast<unsigned char*>(::operator new(static_cast<size_t>(bytes), kAligned)));
-    cuda_on_cpu::poison(memory_.back().get(), static_cast<size_t>(bytes));
-    return memory_.back().get();
-  }
-
-  void check() const {}  // a launch that a GPU refuses is an exception here
-
   void multiply(const sslkernels::contrast::Matrix& a, const sslkernels::contrast::Matrix& b,
                 const sslkernels::contrast::Matrix& out) {
     const std::vector<float> left = dense(a), right = dense(b.transposed());
@@ -33,11 +21,6 @@ class CpuHost {
   }
 
  private:
-  static constexpr std::align_val_t kAligned{16};
-  struct Free {
-    void operator()(unsigned char* memory) const { ::operator delete(memory, kAligned); }
-  };
-
   static std::vector<float> dense(const sslkernels::contrast::Matrix& m) {
     std::vector<float> values(m.rows * m.columns);
     for (int64_t i = 0; i < m.rows; i++)
@@ -50,6 +33,4 @@ class CpuHost {
       }
     return values;
   }
-
-  std::vector<std::unique_ptr<unsigned char, Free>> memory_;
 };

@@ -26,7 +26,7 @@ struct Call {
 void block_mask(In<int64_t> seed, In<int64_t> ids, In<int64_t> num_masked, uint32_t height, uint32_t width,
                 uint32_t min_patches, uint32_t max_patches, const std::vector<uint32_t>& aspects, uint32_t attempts,
                 Out<bool> mask) {
-  masks::BlockMaskJob job{height,   width, min_patches, max_patches, attempts, static_cast<uint32_t>(aspects.size() / 2),
+  masks::BlockMaskJob job{height, width, min_patches, max_patches, attempts, static_cast<uint32_t>(aspects.size() / 2),
                           {}};
   std::copy(aspects.begin(), aspects.end(), job.factors);
   const Call call(seed, ids, num_masked.size, int64_t{height} * width, kPhiloxBlockMask);

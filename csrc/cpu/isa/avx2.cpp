@@ -3,5 +3,6 @@
 #include "../contrast_kernel.h"
 #include "../ema_kernel.h"
 #include "../infonce_kernel.h"
+#include "../patch_loss_kernel.h"
 #include "../patch_mask_kernel.h"
 #include "../peak.h"

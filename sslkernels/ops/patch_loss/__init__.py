@@ -60,7 +60,7 @@ def masked_patch_loss(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it. ``images`` requires grad: the
             target is a constant here, and only ``backend="reference"`` differentiates it.
-        RuntimeError: ``backend`` is not available here; or the gradient is differentiated again.
+        RuntimeError: ``backend`` is not available here.
 
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners (2022), section 3; for videos Feichtenhofer et
     al., Masked Autoencoders As Spatiotemporal Learners (2022).

@@ -47,16 +47,29 @@ def _backward(scale, ctx, grad_loss, grad_of_grad):
     """The gradient as the forward has formed it, where grad_loss is 1 and no other backward will need it; or scaled."""
     if not ctx.has_grad:
         raise RuntimeError("patch_loss_fwd: the forward forms the gradient, and was called with need_grad=False")
-    if grad_of_grad is not None:
-        _no_double_backward(ctx)
-    grad_pred, mask = ctx.saved_tensors  # to autograd the first depends on pred: so a second derivative is refused
+    grad_pred, mask = ctx.saved_tensors
     if grad_loss is None:
         grad = None
     elif grad_pred.dtype == ctx.dtype and _is_last_use(grad_loss, grad_pred) and grad_loss.item() == 1:
         grad = grad_pred.detach()
     else:
         grad = scale(grad_loss, grad_pred, mask, ctx.dtype)
+    if grad_of_grad is not None:  # grad_pred is 2 (pred - target) / (D * masked) where there is a mask
+        factor = 2 / (grad_pred.shape[2] * mask.sum().clamp(min=1))
+        second = (grad_of_grad * factor).where(mask.unsqueeze(-1), 0).to(ctx.dtype)
+        grad = second if grad is None else grad + second
     return grad, None, None, None, None, None, None
+
+
+def _save_bwd(ctx, inputs, output):
+    grad_loss, grad_pred, mask, _ = inputs
+    ctx.save_for_backward(grad_loss, grad_pred, mask)
+
+
+def _backward_bwd(ctx, grad):
+    grad_loss, grad_pred, mask = ctx.saved_tensors
+    grad = grad.to(grad_pred.dtype).where(mask.unsqueeze(-1), 0)
+    return (grad * grad_pred).sum().to(grad_loss.dtype), grad * grad_loss, None, None
 
 
 def _is_last_use(*tensors) -> bool:
@@ -70,12 +83,6 @@ def _is_last_use(*tensors) -> bool:
     return plain and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        "masked_patch_loss: double backward is not supported; use backend='reference' to differentiate twice"
-    )
-
-
 def _define(fwd: str, bwd: str) -> None:
     """Schemas, shapes and gradients of a pair of operators."""
     fakes = (_fwd_fake, _bwd_fake)
@@ -84,7 +91,7 @@ def _define(fwd: str, bwd: str) -> None:
         torch.library.register_fake(f"sslkernels::{name}", fake)
     gradient = functools.partial(_backward, getattr(torch.ops.sslkernels, bwd))
     torch.library.register_autograd(f"sslkernels::{fwd}", gradient, setup_context=_save)
-    torch.library.register_autograd(f"sslkernels::{bwd}", _no_double_backward)
+    torch.library.register_autograd(f"sslkernels::{bwd}", _backward_bwd, setup_context=_save_bwd)
 
 
 _define(*SCHEMAS)

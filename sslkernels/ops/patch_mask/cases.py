@@ -12,7 +12,7 @@ from sslkernels.registry import Case, Cost, OpSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MASK = (torch.float64,)  # holds every index, so that a comparison of masks is one of integers
-VERIFY, EDGE, BENCH, AOT = "verify", "edge", "bench", "aot"
+VERIFY, EDGE, BENCH, AOT = "verify", "edge", "bench", "aot_bf16"
 
 
 def _pick(x, ids):
@@ -101,7 +101,7 @@ def _columns_apart(x):
 
 MASKING_CASES = (
     _masking_case("odd", 3, 29, 37),
-    _masking_case("prefix", 4, 49, 24, (VERIFY, AOT), prefix=2, ordered=True),
+    _masking_case("prefix", 4, 49, 24, prefix=2, ordered=True),
     _masking_case("one_token", 2, 1, 5, (VERIFY, EDGE), mask_ratio=0.5),
     _masking_case("keep_all", 3, 10, 8, (VERIFY, EDGE), mask_ratio=0.0),
     _masking_case("keep_none", 3, 10, 8, (VERIFY, EDGE), mask_ratio=1.0, prefix=1),
@@ -115,7 +115,12 @@ MASKING_CASES = (
     _masking_case(
         "scores", 3, 33, 8, (VERIFY, EDGE), seed=None, scores=lambda device: distinct_scores(3, 33, device)
     ),
-    _masking_case("video", 2, 1568, 16, (VERIFY, EDGE, AOT), mask_ratio=0.9),
+    _masking_case("video", 2, 1568, 16, (VERIFY, EDGE), mask_ratio=0.9),
+    _masking_case(
+        "ids_keep", 2, 196, 768, (EDGE, AOT), prefix=1, seed=None,
+        ids_keep=lambda device: distinct_scores(2, 196, device).argsort(dim=1)[:, :49],
+    ),
+    _masking_case("two_vit_b", 2, 196, 768, (AOT,), prefix=1),
     _masking_case("vit_b", 256, 196, 768, (BENCH,)),
 )  # fmt: skip
 
@@ -138,7 +143,8 @@ MASK_CASES = (
     _mask_case("ordered", 5, 196, (VERIFY, AOT), ordered=True),
     _mask_case("one_token", 3, 1, (VERIFY, EDGE), mask_ratio=0.0),
     _mask_case("no_token", 3, 0, (VERIFY, EDGE)),
-    _mask_case("long", 2, 5000, (VERIFY, EDGE), mask_ratio=0.9),
+    _mask_case("long", 2, 5000, (VERIFY, EDGE, AOT), mask_ratio=0.9),
+    _mask_case("long_scores", 2, 5000, (EDGE, AOT), scores=lambda device: distinct_scores(2, 5000, device)),
     _mask_case("scores", 4, 50, (VERIFY, EDGE), scores=lambda device: distinct_scores(4, 50, device)),
     _mask_case("vit", 256, 196, (BENCH,)),
     _mask_case("very_long", 16, 65536, (BENCH,)),
@@ -156,9 +162,10 @@ def _gather_case(name: str, samples, tokens, kept, columns, tags=(VERIFY,), *, p
 
 GATHER_CASES = (
     _gather_case("repeated", 3, 9, 30, 37),
-    _gather_case("prefix", 4, 49, 12, 24, (VERIFY, AOT), prefix=5),
+    _gather_case("prefix", 4, 49, 12, 24, prefix=5),
     _gather_case("none", 3, 9, 0, 4, (VERIFY, EDGE), prefix=1),
     _gather_case("strided", 5, 23, 8, 16, (VERIFY, EDGE), change=_strided),
+    _gather_case("two_vit_b", 2, 196, 49, 768, (AOT,), prefix=1),
     _gather_case("vit_b", 256, 196, 49, 768, (BENCH,)),
 )
 
@@ -178,13 +185,14 @@ def _restore_case(name, samples, tokens, kept, columns, tags=(VERIFY,), *, prefi
 
 
 RESTORE_CASES = (
-    _restore_case("mae", 4, 49, 12, 24, (VERIFY, AOT), prefix=1, pos=50),
+    _restore_case("mae", 4, 49, 12, 24, prefix=1, pos=50),
     _restore_case("odd", 3, 29, 7, 37, pos=29),
     _restore_case("prefix_without_position", 3, 16, 7, 5, (VERIFY, EDGE), prefix=2, pos=16),
     _restore_case("no_position", 3, 16, 7, 5, (VERIFY, EDGE)),
     _restore_case("zeros", 3, 16, 7, 5, (VERIFY, EDGE), token=False),
     _restore_case("none_kept", 3, 16, 0, 8, (VERIFY, EDGE), pos=16),
     _restore_case("all_kept", 3, 16, 16, 8, (VERIFY, EDGE), pos=16),
+    _restore_case("two_vit_b", 2, 196, 49, 768, (AOT,), prefix=1, pos=197),
     _restore_case("vit_b_decoder", 256, 196, 49, 512, (BENCH,), pos=196),
 )
 
@@ -210,9 +218,10 @@ def _embed_case(name, images, patch, kept, columns, tags=(VERIFY,), *, pos=True,
 
 EMBED_CASES = (
     _embed_case("squares", (3, 3, 16, 24), (4, 4), 5, 20),
-    _embed_case("video", (2, 3, 4, 8, 12), (2, 4, 3), 7, 9, (VERIFY, AOT)),
+    _embed_case("video", (2, 3, 4, 8, 12), (2, 4, 3), 7, 9),
     _embed_case("channels_last", (3, 4, 12, 8), (4, 2), 5, 6, (VERIFY, EDGE), channels_last=True),
     _embed_case("no_position", (2, 1, 10, 10), (5, 5), 2, 6, (VERIFY, EDGE), pos=False),
+    _embed_case("two_vit_b", (2, 3, 224, 224), (16, 16), 49, 8, (AOT,), pos=False),
     _embed_case("vit_b", (64, 3, 224, 224), (16, 16), 49, 768, (BENCH,)),
 )
 
@@ -223,7 +232,14 @@ def _spec(name: str, function, torch_ops, grad_args, dtypes, cases) -> OpSpec:
 
 
 OPS = (
-    _spec("random_masking", masked, ("random_masking_fwd", "restore_tokens_fwd"), ("x",), DTYPES, MASKING_CASES),
+    _spec(
+        "random_masking",
+        masked,
+        ("random_masking_fwd", "restore_tokens_fwd", "invert_ids"),
+        ("x",),
+        DTYPES,
+        MASKING_CASES,
+    ),
     _spec("patch_mask", mask, ("patch_mask_fwd",), (), MASK, MASK_CASES),
     _spec("gather_tokens", gather_tokens, ("gather_tokens_fwd", "gather_tokens_bwd"), ("x",), DTYPES, GATHER_CASES),
     _spec(

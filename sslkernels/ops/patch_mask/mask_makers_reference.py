@@ -7,6 +7,8 @@ sample.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from sslkernels.philox import BLOCK_MASK_STREAM, MULTI_BLOCK_MASK_STREAM, SPAN_MASK_STREAM, WORD, philox, split
@@ -95,7 +97,7 @@ def block_mask_fwd(
     _check("block_mask", "num_masked", num_masked, patches)
     wanted = num_masked.clamp(0, patches)
     draws = _Draws(seed, sample_ids, samples, BLOCK_MASK_STREAM)
-    factors = torch.tensor(aspects, device=seed.device).view(-1, 2)
+    factors = _factors(tuple(aspects), seed.device)
     mask = torch.zeros(samples, height, width, dtype=torch.bool, device=seed.device)
     masked, failures = torch.zeros_like(wanted), torch.zeros_like(wanted)
     for first in range(0, attempts, CHUNK):
@@ -113,6 +115,12 @@ def block_mask_fwd(
             masked, failures = masked + added, torch.where(added > 0, 0, failures + 1)
     rest = draws.choose(~mask.flatten(1), wanted - masked)
     return mask | rest.view_as(mask)
+
+
+@functools.lru_cache(maxsize=16)
+def _factors(aspects: tuple[int, ...], device):
+    """(A, 2) on the device: copied there once, as a copy from the host waits for a GPU."""
+    return torch.tensor(aspects, device=device).view(-1, 2)
 
 
 def _draw_rectangle(words, limit, factors, height: int, width: int, min_patches: int):
@@ -143,7 +151,8 @@ def multi_block_mask_fwd(
     row, column = (torch.arange(n, device=seed.device) for n in (target_height, target_width))
     target_ids = (top[..., None] + row)[..., None] * width + (left[..., None] + column)[..., None, :]
 
-    allowed = torch.ones_like(target_mask[:, 0]) if allow_overlap else ~target_mask.any(dim=1)
+    taken = target_mask[:, :0] if allow_overlap else target_mask
+    allowed = ~taken.any(dim=1)
     top, left = _corners(words[:, num_targets:], height - context_height, width - context_width)
     best = _first_enough(_counts(allowed, top, left, context_height, context_width), min_context)
     top, left = (corner.gather(1, best[:, None])[:, 0] for corner in (top, left))

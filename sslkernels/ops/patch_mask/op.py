@@ -174,7 +174,7 @@ def _restore_backward(family, ctx, grad):
         grad_x if need_x else None,
         None,
         grad_mask_token if need_mask_token else None,
-        grad_pos if need_pos else None,
+        grad_pos.reshape(pos_tokens, grad.shape[2]) if need_pos else None,
         None,
     )
 

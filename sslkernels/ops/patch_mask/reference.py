@@ -25,7 +25,7 @@ def token_keys(seed, sample_ids, samples: int, tokens: int):
     low, high = split(sample_ids[:, None])
     block = torch.arange((tokens + 3) // 4, device=seed.device)
     words = philox((block & WORD, low, high, PATCH_MASK_STREAM), split(seed))
-    return torch.stack(words, dim=2).reshape(samples, -1)[:, :tokens]
+    return torch.stack(words, dim=2).flatten(1)[:, :tokens]
 
 
 def score_keys(scores):
@@ -174,7 +174,7 @@ def _scattered(grad, ids, tokens: int):
     compute = torch.promote_types(grad.dtype, torch.float32)
     out = torch.zeros(samples * (tokens + 1), columns, dtype=compute, device=grad.device)
     rows = (ids + (tokens + 1) * torch.arange(samples, device=ids.device)[:, None]).flatten()
-    source = grad.to(compute).reshape(-1, columns)
+    source = grad.to(compute).flatten(0, 1)
     # of the two, one is deterministic on a CPU and one on a GPU
     out = out.index_add(0, rows, source) if grad.device.type == "cpu" else out.index_put((rows,), source, True)
     return out.view(samples, tokens + 1, columns)[:, :tokens].to(grad.dtype)

@@ -87,18 +87,16 @@ def span_mask(
     share = (2 * numerator * 2**32 + denominator) // (2 * denominator)  # to nearest
     least = arguments.count(NAME, "min_spans", min_spans, grids.MAX_TOKENS)
     where = randomness.device_of(NAME, device, lengths, num_spans, sample_ids, seed)
-    lengths = _each(lengths, "lengths", samples, tokens, where)
-    spans = None if num_spans is None else _each(num_spans, "num_spans", samples, None, where)
+    spans = num_spans
+    if lengths is None:
+        lengths = torch.full((samples,), tokens, dtype=torch.int64, device=where)
+    lengths = arguments.integers(NAME, "lengths", lengths, (samples,), where)
+    if isinstance(spans, torch.Tensor):
+        spans = arguments.integers(NAME, "num_spans", spans, (samples,), where)
+    elif spans is not None:
+        spans = torch.full_like(lengths, arguments.count(NAME, "num_spans", spans))
     arguments.check_backend(NAME, backend, where.type)
     ids = randomness.samples(NAME, sample_ids, samples, where)
     seed = randomness.seed_tensor(NAME, seed, generator, where)
     ops = mask_makers_op.family(backend)
     return ops.span_mask_fwd(seed, ids, lengths, spans, tokens, span, share, least, bool(overlap))
-
-
-def _each(value, argument: str, samples: int, default, device: torch.device) -> torch.Tensor:
-    """(N,) int64: a number of each sample."""
-    if isinstance(value, torch.Tensor):
-        return arguments.integers(NAME, argument, value, (samples,), device)
-    count = default if value is None else arguments.count(NAME, argument, value)
-    return torch.full((samples,), count, dtype=torch.int64, device=device)
