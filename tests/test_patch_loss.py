@@ -37,9 +37,9 @@ def arguments(samples=2, channels=3, size=(16, 24), patch=(8, 6), ratio=0.6, dty
     return pred, images, random_mask(samples, tokens, ratio, "cpu"), patch
 
 
-def loss_and_grad(pred, images, mask, patch, **options):
+def loss_and_grad(pred, images, mask, patch_size, **options):
     pred = pred.detach().requires_grad_()
-    loss = masked_patch_loss(pred, images, mask, patch, **options)
+    loss = masked_patch_loss(pred, images, mask, patch_size, **options)
     return loss.detach(), *torch.autograd.grad(loss, pred)
 
 

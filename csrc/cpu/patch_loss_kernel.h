@@ -65,6 +65,7 @@ SSLK_INLINE void gather_three(const typename Image::Storage* from, int64_t plane
         for (int i = 0; i < kLanes; i++) lanes[i] = Image::load(x[i]);
       } else {
         for (int64_t i = 0; i < count; i++) lanes[i] = Image::load(x[i]);
+        for (int64_t i = count; i < kLanes; i++) lanes[i] = 0;
       }
       plane[c] = load(lanes);
     }

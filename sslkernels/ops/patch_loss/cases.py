@@ -105,7 +105,7 @@ def _mixed(arguments):
 
 CASES = (
     _case("n2_56", (2, 3, 56, 56), 14, tags=("verify", "aot_bf16")),
-    _case("n4_224", (4, 3, 64, 64), 16, tags=("verify",), norm_pix=False),
+    _case("n4_64", (4, 3, 64, 64), 16, tags=("verify",), norm_pix=False),
     _case("one_channel", (3, 1, 28, 28), 4),
     _case("two_channels", (3, 2, 24, 40), (8, 4)),
     _case("ten_channels", (2, 10, 24, 24), 8),
