@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from sslkernels.trainers import TrainError
 from sslkernels.trainers._data import load_data, read_idx
-from sslkernels.trainers._views import StepKeys, TwoViews, augmentation, evaluation, view_loader
+from sslkernels.trainers._views import OneView, StepKeys, TwoViews, Whole, augmentation, crops, evaluation, view_loader
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
 LABELS = np.arange(6, dtype=np.uint8) % 3
@@ -158,7 +159,18 @@ def test_views_depend_on_seed_epoch_and_index_alone(tmp_path, kind):
     others = [views[4, 1], views[3, 2], TwoViews(data.train, augmentation(data), seed=8)[3, 1]]
     assert first.shape == (2, data.channels, 16, 16) and not torch.equal(first[0], first[1])
     assert not any(torch.equal(first, other) for other in others)
-    assert evaluation(data)(data.train.images[0]).shape == (data.channels, 16, 16)
+    one = OneView(data.train, crops(data), seed=7)
+    view, epoch, index = one[3, 1]
+    assert (epoch, index) == (3, 1) and torch.equal(view, one[3, 1][0]) and torch.equal(torch.get_rng_state(), state)
+    assert any(not torch.equal(view, one[epoch, 1][0]) for epoch in range(9)) == (kind != "digits")
+    assert view.shape == evaluation(data)(data.train.images[0]).shape == (data.channels, 16, 16)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 20, 30), (3, 9, 12)])
+def test_the_whole_image_is_resized_and_cropped_to_its_middle(shape):
+    image = torch.randint(0, 256, shape, dtype=torch.uint8)
+    steps = [v2.ToDtype(torch.float32, scale=True), v2.Resize(16), v2.CenterCrop(16), v2.Normalize([0.5], [0.5])]
+    torch.testing.assert_close(Whole(16)(image), v2.Compose(steps)(image))
 
 
 def test_steps_shuffle_each_epoch_and_split_among_processes():

@@ -14,7 +14,7 @@ from sslkernels.trainers import TrainError
 from sslkernels.trainers._data import ImageData
 
 PATCHES = 8  # a side at the most, unless a patch size is asked for
-SMALL_VIT = {"model_name": "test_vit", "embed_dim": 64, "depth": 3, "num_heads": 4}
+SMALL_VIT = {"model_name": "test_vit", "embed_dim": 128, "depth": 2, "num_heads": 8}
 SMALL_IMAGE = 64  # below it a ResNet's stem must not shrink the image
 
 

@@ -11,9 +11,12 @@ from torch import nn
 LEARNING_RATES = {"adamw": 3e-3, "lars": 1.0}
 
 
-def build_optimizer(model: nn.Module, name: str, weight_decay: float) -> torch.optim.Optimizer:
-    """timm's optimiser; biases and the scales of norms are not decayed."""
-    return create_optimizer_v2(model, opt=name, lr=LEARNING_RATES[name], weight_decay=weight_decay)
+def build_optimizer(
+    model: nn.Module, name: str, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)
+) -> torch.optim.Optimizer:
+    """timm's optimiser; biases and the scales of norms are not decayed. ``betas`` are AdamW's."""
+    options = {"betas": betas} if name == "adamw" else {}
+    return create_optimizer_v2(model, opt=name, lr=LEARNING_RATES[name], weight_decay=weight_decay, **options)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

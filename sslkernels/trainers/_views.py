@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
 from sslkernels.trainers._data import ImageData, ImageSet
 
@@ -29,9 +30,12 @@ def seed_of(*key: int) -> int:
 @contextmanager
 def drawn_from(*key: int) -> Iterator[None]:
     """Random numbers of the CPU by a key, whatever was drawn before; afterwards they go on as if nothing had been."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(*key))
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed_of(*key))
+    try:
         yield
+    finally:
+        torch.set_rng_state(state)
 
 
 def augmentation(data: ImageData) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -64,21 +68,30 @@ def augmentation(data: ImageData) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def crops(data: ImageData) -> Callable[[torch.Tensor], torch.Tensor]:
-    """MAE's augmentations: where and how large, not how bright; masking is the rest."""
-    size, bilinear = data.image_size, v2.InterpolationMode.BILINEAR
+    """MAE's augmentations, a crop and a mirror, as far as they leave what the images show; masking does the rest."""
     if data.kind == "digits":
-        steps = [v2.Resize((size, size)), v2.RandomAffine(10, (0.1, 0.1), (0.9, 1.1), interpolation=bilinear)]
-    else:
-        steps = [v2.RandomResizedCrop(size, scale=(0.2, 1)), v2.RandomHorizontalFlip()]
-    return v2.Compose([v2.ToDtype(torch.float32, scale=True), *steps, _centered(data.channels)])
+        return evaluation(data)
+    if data.kind == "fashion-mnist":  # everything is in the middle and of one size
+        return v2.Compose([evaluation(data), v2.RandomHorizontalFlip()])
+    crop = v2.RandomResizedCrop(data.image_size, scale=(0.2, 1))
+    return v2.Compose([crop, evaluation(data), v2.RandomHorizontalFlip()])
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The whole image, as the probe sees it: the square in its middle, in floats from -1 to 1."""
+
+    size: int
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        image = image.float() / 255
+        if image.shape[1:] != (self.size, self.size):
+            image = functional.center_crop(functional.resize(image, [self.size]), [self.size])
+        return (image - 0.5) / 0.5
 
 
 def evaluation(data: ImageData) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The whole image, as the probe sees it."""
-    size = data.image_size
-    return v2.Compose(
-        [v2.ToDtype(torch.float32, scale=True), v2.Resize(size), v2.CenterCrop(size), _centered(data.channels)]
-    )
+    return Whole(data.image_size)
 
 
 def _centered(channels: int) -> v2.Normalize:

@@ -34,6 +34,7 @@ from sslkernels.trainers._options import (
 from sslkernels.trainers._pictures import write_grid
 from sslkernels.trainers._views import FORWARD, MASKS, OneView, StepKeys, crops, evaluation, seed_of
 
+BETAS = (0.9, 0.95)
 PICTURE = "reconstructions.png"
 PICTURED = 16  # images
 
@@ -41,7 +42,7 @@ PICTURED = 16  # images
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "mae")
     add_optimizer_arguments(parser)
-    parser.set_defaults(weight_decay=0.05)
+    parser.set_defaults(steps=1000, weight_decay=0.05)
     group = parser.add_argument_group("mae")
     group.add_argument("--backbone", metavar="NAME", help="a ViT of timm (default: a small one)")
     group.add_argument("--patch-size", type=whole(1), metavar="PIXELS", help="default: what suits the data")
@@ -68,7 +69,7 @@ def train(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     encoder = build_vit(args.backbone, data, args.patch_size)
     model = MaskedAutoencoder(encoder, args.mask_ratio, args.decoder_dim, args.decoder_depth, args.ops).to(device)
     untrained = copy.deepcopy(encoder)
-    optimizer = build_optimizer(model, args.optimizer, args.weight_decay)
+    optimizer = build_optimizer(model, args.optimizer, args.weight_decay, BETAS)
     parts = {"model": model, "optimizer": optimizer}
     saved = _checkpoint.begin(args, world, parts)
     parallel = spread(model, world, device, args.accumulate)
