@@ -4,26 +4,11 @@
 
 #include <vector>
 
-#include "checks.h"
 #include "patch_loss_job.h"
+#include "tensors.h"
 
 namespace sslkernels {
 namespace {
-
-inline Dtype patch_dtype(const char* argument, const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    case ScalarType::Double:
-      return Dtype::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, "patch_loss: ", argument, " must be float32, bfloat16, float16 or float64");
-  }
-}
 
 // (N, L) bool, dense.
 inline Tensor patch_mask(const Tensor& mask, int64_t samples, int64_t tokens) {
@@ -52,7 +37,7 @@ struct PatchLossArguments {
     mask_ = patch_mask(given_mask, job.samples, job.tokens());
     job.pred = pred_.const_data_ptr();
     job.mask = static_cast<const bool*>(mask_.const_data_ptr());
-    job.pred_dtype = patch_dtype("pred", pred_);
+    job.pred_dtype = dtype_of("patch_loss", "pred", pred_);
     job.pred_strides[0] = pred_.stride(0);
     job.pred_strides[1] = pred_.stride(1);
     job.norm_pix = norm_pix;
@@ -68,7 +53,7 @@ struct PatchLossArguments {
  private:
   void set_images(const Tensor& images, const std::vector<int64_t>& patch_size) {
     job.images = images.const_data_ptr();
-    job.images_dtype = patch_dtype("images", images);
+    job.images_dtype = dtype_of("patch_loss", "images", images);
     job.samples = images.size(0);
     job.sample_stride = images.stride(0);
     job.channels = images.size(1);
@@ -109,7 +94,7 @@ struct PatchGradArguments {
     job.grad_pred = from_.const_data_ptr();
     job.mask = static_cast<const bool*>(mask_.const_data_ptr());
     job.grad = grad.mutable_data_ptr();
-    job.from = patch_dtype("grad_pred", from_);
+    job.from = dtype_of("patch_loss", "grad_pred", from_);
     job.to = to_half ? Dtype::kFloat16 : job.from;
     job.rows = grad_pred.size(0) * grad_pred.size(1);
     job.width = grad_pred.size(2);

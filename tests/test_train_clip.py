@@ -1,17 +1,20 @@
 """CLIP learns what the captions name, by either op and in several processes; a resumed run goes on bit for bit."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 from train_children import (
     TINY,
+    logged,
     own_threads,  # noqa: F401  a fixture that every test here uses
-    parse,
+    train,
     train_as_two,
 )
 
 from sslkernels import cli
-from sslkernels.trainers import _checkpoint, _log, clip
+from sslkernels.trainers import _checkpoint, clip
 from sslkernels.trainers._data import load_data
 from sslkernels.trainers._distributed import World
 from sslkernels.trainers._views import augmentation
@@ -19,12 +22,7 @@ from sslkernels.trainers._views import augmentation
 LEARNING = ["--steps=30", "--batch-size=64", "--warmup=4", "--threads=1", "--workers=0"]
 
 
-def _train(argv, folder):
-    return clip.train(parse([*argv, f"--out={folder}"], "clip"))
-
-
-def _column(folder, name="loss"):
-    return _log.read_column(folder / "log.csv", name)
+_train = functools.partial(train, "clip")
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +35,14 @@ def learned(tmp_path_factory):
 def test_held_out_images_find_their_captions(learned):
     folder, accuracies = learned
     assert accuracies["untrained encoder"] < 0.3 and accuracies["trained encoder"] > 0.5, accuracies
-    scales = _column(folder, "scale")
+    scales = logged(folder, "scale")
     assert scales[0] == pytest.approx(5, abs=0.1) and len(set(scales)) > 20
-    assert np.mean(_column(folder)[-5:]) < np.mean(_column(folder)[:5]) - 1
+    assert np.mean(logged(folder)[-5:]) < np.mean(logged(folder)[:5]) - 1
 
 
 def test_fused_and_reference_give_the_same_curve(learned, tmp_path):
     _train([*LEARNING, "--ops=reference", "--stop-after=12"], tmp_path)
-    fused, definition = _column(learned[0])[:12], _column(tmp_path)
+    fused, definition = logged(learned[0])[:12], logged(tmp_path)
     assert len(definition) == 12
     np.testing.assert_allclose(fused, definition, rtol=0, atol=1e-3)
 
@@ -52,7 +50,7 @@ def test_fused_and_reference_give_the_same_curve(learned, tmp_path):
 @pytest.mark.parametrize("options", [["--optimizer=lars"], ["--precision=bf16"]])
 def test_the_options_train(tmp_path, options):
     _train([*TINY, "--stop-after=2", *options], tmp_path)
-    assert len(_column(tmp_path)) == 2
+    assert len(logged(tmp_path)) == 2
 
 
 def test_two_processes_train_as_one(tmp_path):
@@ -60,7 +58,7 @@ def test_two_processes_train_as_one(tmp_path):
     train_as_two(options, tmp_path / "two", "clip")
     _train(options, tmp_path / "one")
     for name in ("loss", "scale"):
-        np.testing.assert_allclose(_column(tmp_path / "two", name), _column(tmp_path / "one", name), rtol=0, atol=1e-4)
+        np.testing.assert_allclose(logged(tmp_path / "two", name), logged(tmp_path / "one", name), rtol=0, atol=1e-4)
 
 
 def test_stopping_leaves_the_curve(tmp_path):
@@ -99,7 +97,7 @@ def test_captions_of_one_class_are_no_negatives():
 
 def test_the_scale_stays_below_its_bound(tmp_path):
     _train([*TINY, "--stop-after=2", "--temperature=0.001"], tmp_path)
-    first, second = _column(tmp_path, "scale")
+    first, second = logged(tmp_path, "scale")
     assert first == pytest.approx(100) and second < 100.001
 
 

@@ -1,6 +1,7 @@
 """MAE learns by either op, in parts and in several processes; masks follow image and epoch; the picture shows it."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -10,14 +11,15 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from train_children import (
     TINY,
+    logged,
     own_threads,  # noqa: F401  a fixture that every test here uses
-    parse,
+    train,
     train_as_two,
 )
 
 import sslkernels
 from sslkernels import cli
-from sslkernels.trainers import _checkpoint, _evaluate, _log, _pictures, mae
+from sslkernels.trainers import _checkpoint, _evaluate, _pictures, mae
 from sslkernels.trainers._data import load_data
 from sslkernels.trainers._masked_autoencoder import MaskedAutoencoder, images_of, patches_of, reconstruct
 from sslkernels.trainers._models import build_vit
@@ -25,12 +27,7 @@ from sslkernels.trainers._models import build_vit
 LEARNING = ["--steps=40", "--batch-size=64", "--warmup=4", "--threads=1", "--workers=0"]
 
 
-def _train(argv, folder):
-    return mae.train(parse([*argv, f"--out={folder}"], "mae"))
-
-
-def _column(folder, name="loss"):
-    return _log.read_column(folder / "log.csv", name)
+_train = functools.partial(train, "mae")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,7 @@ def learned(tmp_path_factory):
 
 def test_the_loss_falls_and_features_are_probed(learned):
     folder, accuracies = learned
-    losses = _column(folder)
+    losses = logged(folder)
     assert np.mean(losses[-8:]) < np.mean(losses[:8]) - 0.2
     assert list(accuracies) == ["kNN", "linear"]
     for found in accuracies.values():
@@ -53,7 +50,7 @@ def test_the_loss_falls_and_features_are_probed(learned):
 
 def test_fused_and_reference_give_the_same_curve(learned, tmp_path):
     _train([*LEARNING, "--ops=reference", "--stop-after=15"], tmp_path)
-    fused, definition = _column(learned[0])[:15], _column(tmp_path)
+    fused, definition = logged(learned[0])[:15], logged(tmp_path)
     assert len(definition) == 15
     np.testing.assert_allclose(fused, definition, rtol=0, atol=1e-4)
 
@@ -64,7 +61,7 @@ def test_fused_and_reference_give_the_same_curve(learned, tmp_path):
 )
 def test_the_options_train(tmp_path, options):
     _train([*TINY, "--stop-after=2", *options], tmp_path)
-    assert len(_column(tmp_path)) == 2
+    assert len(logged(tmp_path)) == 2
 
 
 def _masks(monkeypatch):
@@ -90,7 +87,7 @@ def test_masks_follow_image_and_epoch_alone(tmp_path, monkeypatch):
     whole = dict(masks)
     masks.clear()
     _train([*options, "--accumulate=4"], tmp_path / "parts")
-    np.testing.assert_allclose(_column(tmp_path / "parts"), _column(tmp_path / "whole"), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logged(tmp_path / "parts"), logged(tmp_path / "whole"), rtol=0, atol=1e-4)
     assert masks.keys() == whole.keys() and all(torch.equal(masks[key], whole[key]) for key in whole)
     first, second = (torch.stack([whole[seed, i] for i in range(32)]) for seed in sorted({seed for seed, _ in whole}))
     assert (first != second).any(dim=1).float().mean() > 0.8
@@ -100,7 +97,7 @@ def test_two_processes_train_as_one(tmp_path):
     options = [*TINY, "--stop-after=4", "--lr=1e-4"]
     train_as_two(options, tmp_path / "two", "mae")
     _train(options, tmp_path / "one")
-    np.testing.assert_allclose(_column(tmp_path / "two"), _column(tmp_path / "one"), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logged(tmp_path / "two"), logged(tmp_path / "one"), rtol=0, atol=1e-4)
 
 
 def test_stopping_leaves_the_curve(tmp_path):

@@ -1,6 +1,7 @@
 """MoCo learns by either op, in parts, in several processes; its keys leak nothing; a killed run goes on bit for bit."""
 
 import copy
+import functools
 import signal
 
 import numpy as np
@@ -11,27 +12,23 @@ from torch.utils._pytree import tree_leaves
 from train_children import (
     TINY,
     finish,
+    logged,
     own_threads,  # noqa: F401  a fixture that every test here uses
-    parse,
     start,
+    train,
     train_as_two,
     train_until,
 )
 
 import sslkernels
 from sslkernels import cli
-from sslkernels.trainers import _accumulate, _checkpoint, _log, moco
+from sslkernels.trainers import _accumulate, _checkpoint, moco
 
 LEARNING = ["--steps=40", "--batch-size=64", "--warmup=4", "--lr=1e-3", "--queue=512", "--threads=1", "--workers=0"]
 QUEUE = "--queue=40"  # of TINY's batches of 16 the third wraps around
 
 
-def _train(argv, folder):
-    return moco.train(parse([*argv, f"--out={folder}"], "moco"))
-
-
-def _column(folder, name="loss"):
-    return _log.read_column(folder / "log.csv", name)
+_train = functools.partial(train, "moco")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +46,7 @@ def test_the_features_improve(learned):
 
 def test_fused_and_reference_give_the_same_curve(learned, tmp_path):
     _train([*LEARNING, "--ops=reference", "--stop-after=10"], tmp_path)
-    fused, definition = _column(learned[0])[:10], _column(tmp_path)
+    fused, definition = logged(learned[0])[:10], logged(tmp_path)
     assert len(definition) == 10
     np.testing.assert_allclose(fused, definition, rtol=0, atol=1e-3)
 
@@ -57,14 +54,14 @@ def test_fused_and_reference_give_the_same_curve(learned, tmp_path):
 @pytest.mark.parametrize("options", [["--optimizer=lars"], ["--precision=bf16"], ["--accumulate=4"]])
 def test_the_options_train(tmp_path, options):
     _train([*TINY, "--stop-after=3", *options], tmp_path)
-    assert len(_column(tmp_path)) == 3
+    assert len(logged(tmp_path)) == 3
 
 
 def test_accumulation_is_the_whole_batch(tmp_path):
     options = [*TINY, QUEUE, "--norm=group", "--stop-after=4", "--lr=1e-4"]
     _train(options, tmp_path / "whole")
     _train([*options, "--accumulate=4"], tmp_path / "parts")
-    np.testing.assert_allclose(_column(tmp_path / "parts"), _column(tmp_path / "whole"), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logged(tmp_path / "parts"), logged(tmp_path / "whole"), rtol=0, atol=1e-4)
     bank, whole = (_checkpoint.load(tmp_path / name / "checkpoint.pt")["bank"]["bank"] for name in ("parts", "whole"))
     torch.testing.assert_close(bank, whole, rtol=0, atol=1e-4)
 
@@ -91,8 +88,8 @@ def test_two_processes_train_as_one(tmp_path):
     options = [*TINY, QUEUE, "--norm=group", "--stop-after=4", "--lr=1e-4"]
     train_as_two(options, tmp_path / "two", "moco")
     _train(options, tmp_path / "one")
-    np.testing.assert_allclose(_column(tmp_path / "two"), _column(tmp_path / "one"), rtol=0, atol=1e-4)
-    np.testing.assert_allclose(_column(tmp_path / "two", "top1"), _column(tmp_path / "one", "top1"), rtol=0, atol=0.1)
+    np.testing.assert_allclose(logged(tmp_path / "two"), logged(tmp_path / "one"), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logged(tmp_path / "two", "top1"), logged(tmp_path / "one", "top1"), rtol=0, atol=0.1)
     two, one = (_checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("two", "one"))
     torch.testing.assert_close(two["bank"], one["bank"], rtol=0, atol=1e-4)
     for name in ("model", "teacher"):

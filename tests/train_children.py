@@ -50,6 +50,15 @@ def parse(argv: list[str], method: str = "simclr") -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def train(method: str, argv: list[str], folder: Path) -> dict:
+    """Train into the folder; what the trainer returns."""
+    return trainer(method).train(parse([*argv, f"--out={folder}"], method))
+
+
+def logged(folder: Path, name: str = "loss") -> list[float]:
+    return _log.read_column(folder / "log.csv", name)
+
+
 def start(target: Callable, *args) -> multiprocessing.Process:
     process = CONTEXT.Process(target=target, args=args, daemon=True)
     process.start()

@@ -7,8 +7,8 @@
 #include <optional>
 
 #include "../checks.h"
+#include "../tensors.h"
 #include "isa.h"
-#include "tensors.h"
 #include "threads.h"
 
 namespace sslkernels {
@@ -45,14 +45,8 @@ double number(const char* argument, const Tensor& x) {
 }
 
 Rows rows_of(const Tensor& x, bool normalize) {
-  return {{x.const_data_ptr(), nullptr},
-          {x.stride(0), 0},
-          {x.stride(1), 0},
-          1,
-          x.size(0),
-          x.size(1),
-          dtype_of(kOp, x),
-          normalize};
+  return {{x.const_data_ptr(), nullptr},     {x.stride(0), 0}, {x.stride(1), 0}, 1, x.size(0), x.size(1),
+          dtype_of(kOp, "query and key", x), normalize};
 }
 
 ContrastJob make_job(const Tensor& query, const Maybe& key, const Tensor& scale, const Maybe& skip,

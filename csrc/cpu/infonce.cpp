@@ -4,9 +4,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../checks.h"
+#include "../tensors.h"
 #include "infonce_double.h"
 #include "isa.h"
-#include "tensors.h"
 #include "threads.h"
 
 namespace sslkernels {
@@ -15,7 +15,7 @@ namespace {
 NtXentJob make_job(const Tensor& z0, const Tensor& z1, const Tensor& temperature, bool normalize) {
   check_views("nt_xent", z0, z1);
   NtXentJob job{};
-  job.in.dtype = dtype_of("nt_xent", z0);
+  job.in.dtype = dtype_of("nt_xent", "z0", z0);
   const bool is_double = job.in.dtype == Dtype::kFloat64;
   check_rows("nt_xent", "temperature", temperature, is_double ? ScalarType::Double : ScalarType::Float, 1);
   job.temperature = is_double ? *const_data<double>(temperature) : *const_data<float>(temperature);

@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "../mask_maker_args.h"
-#include "tensors.h"
+#include "../tensors.h"
 
 namespace sslkernels {
 namespace masks {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "../patch_loss_args.h"
+#include "../tensors.h"
 #include "isa.h"
-#include "tensors.h"
 #include "threads.h"
 
 namespace sslkernels {

@@ -5,13 +5,13 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../tensors.h"
 #include "huge_pages.h"
 #include "isa.h"
 #include "patch_mask_patches.h"
 #include "patch_mask_restore.h"
 #include "patch_mask_rows.h"
 #include "patch_mask_select.h"
-#include "tensors.h"
 #include "threads.h"
 
 namespace sslkernels {
@@ -172,7 +172,7 @@ Tensor gather_tokens_bwd_cpu(const Tensor& grad, const Tensor& ids, int64_t toke
   STD_TORCH_CHECK(grad.size(1) - num_prefix == ids.size(1), "gather_tokens: grad must have a row for each id");
   Tensor out = new_result(grad, {samples, num_prefix + tokens, columns});
   scatter_rows({rows_of(rows), out.mutable_data_ptr(), const_data<int64_t>(dense_ids), samples, ids.size(1), tokens,
-                num_prefix, columns, dtype_of("gather_tokens", grad)},
+                num_prefix, columns, dtype_of("gather_tokens", "grad", grad)},
                call.workers);
   return out;
 }
@@ -208,8 +208,8 @@ Tensor restore_tokens_fwd_cpu(const Tensor& x, const Tensor& ids_restore, const 
   const Places places{const_data<int64_t>(ids), samples, tokens, x.size(1) - num_prefix};
   check_places(places, call, [](int64_t, int64_t) {});
   Tensor out = new_result(x, {samples, num_prefix + tokens, columns});
-  RestoreJob job{rows_of(rows), out.mutable_data_ptr(), places, nullptr, nullptr, num_prefix, 0,
-                 columns,       dtype_of(kRestore, x)};
+  RestoreJob job{rows_of(rows), out.mutable_data_ptr(),    places, nullptr, nullptr, num_prefix, 0,
+                 columns,       dtype_of(kRestore, "x", x)};
   OptionalTensor token, position;
   if (mask_token) {
     token = checked_operand("mask_token", *mask_token, x, 1);
@@ -253,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_bwd_cpu(const Tensor& grad, co
                            num_prefix,
                            pos_tokens,
                            columns,
-                           dtype_of(kRestore, grad)};
+                           dtype_of(kRestore, "grad", grad)};
   restore_rows_backward(job, call.workers);
   return {grad_x, grad_mask_token, grad_pos};
 }
@@ -306,7 +306,7 @@ Tensor gather_patches_bwd_cpu(const Tensor& grad, const Tensor& ids, std::vector
   check_range(kEmbed, "ids_keep", dense_ids, patches.count(), call);
   STD_TORCH_CHECK(grad.size(0) == out.size(0) && grad.size(1) == ids.size(1) && grad.size(2) == patches.elements(),
                   kEmbed, ": grad must have a row for each id, of one patch");
-  scatter_patches({rows_of(rows), patches, const_data<int64_t>(dense_ids), ids.size(1), dtype_of(kEmbed, grad)},
+  scatter_patches({rows_of(rows), patches, const_data<int64_t>(dense_ids), ids.size(1), dtype_of(kEmbed, "grad", grad)},
                   call.workers);
   return out;
 }

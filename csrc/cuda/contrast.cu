@@ -6,9 +6,9 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cuda/contrast.cuh"
 #include "cuda/torch_host.h"
+#include "tensors.h"
 
 namespace sslkernels {
 namespace {
@@ -81,16 +81,9 @@ Dtype matmul_dtype(int64_t matmul) {
 }
 
 Dtype key_dtype(const Tensor& key) {
-  switch (key.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::BFloat16:
-      return Dtype::kBFloat16;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, kOp, ": key must be float32, bfloat16 or float16");
-  }
+  const Dtype dtype = dtype_of(kOp, "key", key);
+  STD_TORCH_CHECK(dtype != Dtype::kFloat64, kOp, ": key must be float32, bfloat16 or float16");
+  return dtype;
 }
 
 Inputs inputs_of(Held& held, const Tensor& query, const std::optional<Tensor>& key, const Tensor& scale,
@@ -119,11 +112,6 @@ Inputs inputs_of(Held& held, const Tensor& query, const std::optional<Tensor>& k
   in.pairs.key_ids = held.data<int64_t>("key_ids", key_ids, ScalarType::Long, in.pairs.columns);
   in.matmul = matmul_dtype(matmul);
   return in;
-}
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
 }
 
 // ---- operators

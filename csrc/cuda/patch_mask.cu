@@ -6,9 +6,9 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
 #include "cuda/patch_mask.cuh"
 #include "cuda/torch_host.h"
+#include "tensors.h"
 
 namespace sslkernels {
 namespace {
@@ -58,26 +58,12 @@ class Call {
             " must have less than 2^31 samples, tokens and dimensions");
     held_.push_back(x.size(2) > 1 && x.stride(2) != 1 ? torch::stable::contiguous(x) : x);
     const Tensor& held = held_.back();
-    const int64_t bytes = patch_mask::element_bytes(dtype(held));
+    const int64_t bytes = itemsize(dtype(held));
     const auto stride = [&](int64_t d) { return held.size(d) > 1 ? held.stride(d) * bytes : 0; };
     return {static_cast<char*>(held.mutable_data_ptr()), stride(0), stride(1)};
   }
 
-  Dtype dtype(const Tensor& x) const {
-    switch (x.scalar_type()) {
-      case ScalarType::Float:
-        return Dtype::kFloat32;
-      case ScalarType::BFloat16:
-        return Dtype::kBFloat16;
-      case ScalarType::Half:
-        return Dtype::kFloat16;
-      case ScalarType::Double:
-        return Dtype::kFloat64;
-      default:
-        require(false, "tensors must be float32, bfloat16, float16 or float64");
-        return Dtype::kFloat32;
-    }
-  }
+  Dtype dtype(const Tensor& x) const { return dtype_of(op_, "every tensor", x); }
 
   // (N, C, H, W) as the video of one frame that it is.
   Images images(const Tensor& x, const std::vector<int64_t>& patch) const {
@@ -111,11 +97,6 @@ class Call {
   const Tensor beside_;
   std::vector<Tensor> held_;
 };
-
-template <class T>
-T* data(const Tensor& x) {
-  return static_cast<T*>(x.mutable_data_ptr());
-}
 
 // ---- which tokens stay
 

@@ -18,8 +18,6 @@ namespace patch_mask {
 constexpr int64_t kMaxTokens = 0x7fffffff;  // of a sample: an index is half of a word that is sorted
 constexpr int64_t kMaxGridY = 65535;
 
-inline int64_t element_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
-
 // Eight bytes of NaN.
 inline uint64_t nan_of(Dtype dtype) {
   switch (dtype) {
@@ -155,7 +153,7 @@ void move_rows(Host& host, const Map& map, const Rows& to, int64_t samples, int6
 template <class Host>
 void gather_tokens(Host& host, Dtype dtype, const Rows& x, const int64_t* ids, int64_t samples, int64_t count,
                    int64_t tokens, int64_t prefix, int64_t dim, void* out) {
-  const int64_t row_bytes = dim * element_bytes(dtype);
+  const int64_t row_bytes = dim * itemsize(dtype);
   const Rows to = dense_rows(out, prefix + count, row_bytes);
   move_rows(host, Gather<Rows>{x, ids, count, prefix, tokens, nan_of(dtype)}, to, samples, prefix + count, row_bytes,
             unit_bytes(alignment(x), alignment(to)));
@@ -181,7 +179,7 @@ void scatter_rows(Host& host, Dtype dtype, const Rows& grad, const int64_t* ids,
 template <class Host>
 void gather_tokens_backward(Host& host, Dtype dtype, const Rows& grad, const int64_t* ids, int64_t samples,
                             int64_t count, int64_t tokens, int64_t prefix, int64_t dim, void* out) {
-  const int64_t row_bytes = dim * element_bytes(dtype);
+  const int64_t row_bytes = dim * itemsize(dtype);
   const Rows to = dense_rows(out, prefix + tokens, row_bytes);
   scatter_rows(host, dtype, grad, ids, samples, count, tokens, prefix, row_bytes, to,
                unit_bytes(alignment(grad), alignment(to)));
@@ -197,7 +195,7 @@ struct Positions {
 template <class Host>
 void restore_tokens(Host& host, Dtype dtype, const Restore& map, const Positions& positions, int64_t samples,
                     int64_t dim, void* out) {
-  const int64_t row_bytes = dim * element_bytes(dtype), rows = map.prefix + map.tokens;
+  const int64_t row_bytes = dim * itemsize(dtype), rows = map.prefix + map.tokens;
   const Rows to = dense_rows(out, rows, row_bytes);
   const int64_t bytes = unit_bytes(alignment(map.from), alignment(to), address(map.mask_token));
   if (!positions.data) return move_rows(host, map, to, samples, rows, row_bytes, bytes);
@@ -254,7 +252,7 @@ template <class Host>
 void restore_tokens_backward(Host& host, Dtype dtype, const Rows& grad, const int64_t* ids_restore, int64_t samples,
                              int64_t tokens, int64_t num_keep, int64_t prefix, int64_t dim,
                              const RestoreGradients& grads) {
-  const int64_t row_bytes = dim * element_bytes(dtype), rows = prefix + tokens;
+  const int64_t row_bytes = dim * itemsize(dtype), rows = prefix + tokens;
   if (!samples || !dim) return;
   if (grads.x) {
     const Rows to = dense_rows(grads.x, prefix + num_keep, row_bytes);
@@ -281,7 +279,7 @@ void restore_tokens_backward(Host& host, Dtype dtype, const Rows& grad, const in
 // Images of five dimensions and their strides in elements, and patches of so many frames, lines and columns.
 inline Images images_of(void* data, Dtype dtype, const int64_t (&sizes)[5], const int64_t (&strides)[5],
                         const int64_t (&patch)[3]) {
-  const int64_t bytes = element_bytes(dtype);
+  const int64_t bytes = itemsize(dtype);
   Images images{};
   images.data = static_cast<char*>(data);
   images.sample_stride = strides[0] * bytes;
@@ -295,7 +293,7 @@ inline Images images_of(void* data, Dtype dtype, const int64_t (&sizes)[5], cons
 
 // Sets the unit that lines move by, at most `bytes` wide, and returns its width: one element where they are not dense.
 inline int64_t set_unit(Images& images, Dtype dtype, int64_t bytes) {
-  const int64_t element = element_bytes(dtype), line = images.size[2] * element;
+  const int64_t element = itemsize(dtype), line = images.size[2] * element;
   const bool dense = images.strides[3] == element;
   if (dense)
     bytes = unit_bytes(bytes, address(images.data), images.sample_stride, images.strides[0], images.strides[1],
@@ -311,7 +309,7 @@ inline int64_t set_unit(Images& images, Dtype dtype, int64_t bytes) {
 template <class Host>
 void gather_patches(Host& host, Dtype dtype, Images images, const int64_t* ids, int64_t samples, int64_t count,
                     int64_t channels, void* out) {
-  const int64_t row_bytes = channels * images.elements() * element_bytes(dtype);
+  const int64_t row_bytes = channels * images.elements() * itemsize(dtype);
   const Rows to = dense_rows(out, count, row_bytes);
   const int64_t bytes = set_unit(images, dtype, alignment(to));
   move_rows(host, Gather<Images>{images, ids, count, 0, images.patches(), nan_of(dtype)}, to, samples, count, row_bytes,
@@ -322,9 +320,9 @@ void gather_patches(Host& host, Dtype dtype, Images images, const int64_t* ids, 
 template <class Host>
 void gather_patches_backward(Host& host, Dtype dtype, const Rows& grad, const int64_t* ids, int64_t samples,
                              int64_t count, int64_t channels, Images images) {
-  const int64_t row_bytes = channels * images.elements() * element_bytes(dtype);
+  const int64_t row_bytes = channels * images.elements() * itemsize(dtype);
   int64_t bytes = set_unit(images, dtype, alignment(grad));
-  if (bytes != 16) bytes = set_unit(images, dtype, element_bytes(dtype));  // sums go by 16 bytes or by one number
+  if (bytes != 16) bytes = set_unit(images, dtype, itemsize(dtype));  // sums go by 16 bytes or by one number
   scatter_rows(host, dtype, grad, ids, samples, count, images.patches(), 0, row_bytes, images, bytes);
 }
 

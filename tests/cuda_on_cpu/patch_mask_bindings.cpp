@@ -33,7 +33,7 @@ std::vector<int64_t> sizes_of(const py::handle& tensor) { return tensor.attr("sh
 // (samples, rows, dim), of which rows are dense.
 Rows rows_of(const py::handle& tensor) {
   const auto strides = tensor.attr("stride")().cast<std::vector<int64_t>>();
-  const int64_t bytes = patch_mask::element_bytes(dtype_of(tensor));
+  const int64_t bytes = itemsize(dtype_of(tensor));
   return {static_cast<char*>(data_of(tensor)), strides[0] * bytes, strides[1] * bytes};
 }
 

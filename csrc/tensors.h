@@ -1,9 +1,9 @@
-// Reading stable-ABI tensors.
+// Reading stable-ABI tensors, on any device.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
-#include "../checks.h"
-#include "../dtype.h"
+#include "checks.h"
+#include "dtype.h"
 
 namespace sslkernels {
 
@@ -16,7 +16,7 @@ const T* const_data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
 }
 
-inline Dtype dtype_of(const char* op, const Tensor& x) {
+inline Dtype dtype_of(const char* op, const char* argument, const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
       return Dtype::kFloat32;
@@ -27,7 +27,7 @@ inline Dtype dtype_of(const char* op, const Tensor& x) {
     case ScalarType::Double:
       return Dtype::kFloat64;
     default:
-      STD_TORCH_CHECK(false, op, ": embeddings must be float32, bfloat16, float16 or float64");
+      STD_TORCH_CHECK(false, op, ": ", argument, " must be float32, bfloat16, float16 or float64");
   }
 }
 
