@@ -6,12 +6,19 @@ import os
 
 # NumPy's BLAS threads and torch's would fight for the same cores; it reads this when it is first imported
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that run tests side by side have a core each, what they start too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
-# processes that run tests side by side (pytest-xdist) have a core each
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+from sslkernels import _library
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+ISAS = _library.extension.supported_isas() if _library.extension else []
+OTHER_ISAS = [isa for isa in ISAS if isa != _library.extension.isa()]  # all tests run on the one that is chosen
 
 
 def in_ci() -> bool:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import require_or_skip
+from conftest import OTHER_ISAS, require_or_skip
 from numerics import assert_as_exact_as_eager, assert_op_close
-from test_infonce import ISAS, gradients, run_python
+from test_infonce import gradients, run_python
 
 import sslkernels
 from sslkernels import _library
@@ -163,7 +163,7 @@ def test_bits_do_not_depend_on_the_threads(spec, case):
         torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa):
     program = (
         "import torch, numerics\n"

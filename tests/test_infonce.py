@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import require_or_skip
+from conftest import ISAS, OTHER_ISAS, require_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_as_exact_as_eager, assert_op_close
@@ -18,7 +18,6 @@ from sslkernels.ops.infonce.cases import NT_XENT_CASES, OPS
 
 SPEC = OPS[0]
 VERIFY = [case for case in NT_XENT_CASES if "verify" in case.tags]
-ISAS = _library.extension.supported_isas() if _library.extension else []
 
 
 def views(pairs, dim, dtype=torch.float32, seed=0, noise=1.0, requires_grad=False):
@@ -129,7 +128,7 @@ def test_bits_do_not_depend_on_the_run_or_the_threads(dtype, tau):
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa):
     cases = "case.name in ('views512_d128', 'odd', 'tau_0.01', 'strided')"
     program = (

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import require_or_skip
+from conftest import OTHER_ISAS, require_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_op_close
@@ -23,7 +23,6 @@ from sslkernels.ops.patch_loss.cases import OPS, random_mask
 SPEC = OPS[0]
 CASES = [case for case in SPEC.cases if "bench" not in case.tags]
 DTYPES = SPEC.dtypes
-ISAS = _library.extension.supported_isas() if _library.extension else []
 
 
 def arguments(samples=2, channels=3, size=(16, 24), patch=(8, 6), ratio=0.6, dtype=torch.float32, seed=0):
@@ -231,7 +230,7 @@ def test_any_number_of_threads_gives_the_same(threads):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set_is_as_exact(isa):
     """Odd patches with every number of channels that has a way of its own."""
     program = (

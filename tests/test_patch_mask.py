@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import require_or_skip
+from conftest import OTHER_ISAS, require_or_skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_op_close
@@ -21,7 +21,6 @@ from sslkernels import _library, patch_mask, random_masking
 from sslkernels.ops.patch_mask.cases import OPS
 from sslkernels.philox import PATCH_MASK_STREAM, WORD, philox
 
-ISAS = _library.extension.supported_isas() if _library.extension else []
 CASES = [(spec, case, dtype) for spec in OPS for case in spec.tagged("verify") for dtype in spec.dtypes]
 
 
@@ -237,7 +236,7 @@ def test_any_number_of_threads_gives_the_same(threads):
     assert len(set(results)) == 1
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set_gives_the_same(isa):
     program = (
         "import test_patch_mask\n"

@@ -15,6 +15,7 @@ proof:
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -98,6 +99,7 @@ def interpret(target: str = "sm_90", order_seed: int | None = None) -> Iterator[
         ),
         mock.patch.object(interpreter, "interpreter_builder", machine.builder),
         mock.patch.object(interpreter, "interpreter_semantic", machine.semantic),
+        mock.patch.object(interpreter, "_get_np_dtype", _np_dtype),
         mock.patch.object(interpreter.ReduceOps, "generic_reduce", _generic_reduce),
         _active_driver(TARGETS[target]),
         _OnGPU(machine.reachable),
@@ -193,14 +195,21 @@ class _Interpreter:
         self.semantic = TritonSemantic(self.builder)
         self.order_seed = order_seed
         self.launches: list[Launch] = []
-        self.rewritten: dict[int, types.FunctionType] = {}
+        self.rewritten: dict[types.FunctionType, types.FunctionType] = {}
         self.reachable: list[tuple[int, int]] = []
 
     def call(self, function: JITFunction, *args, **kwargs):
         """A kernel calls a helper that is jitted too: ours, or tl.sum and its like."""
-        if id(function) not in self.rewritten:
-            self.rewritten[id(function)] = _Rewriter(function.fn, self.semantic).rewrite_ast()
-        return self.rewritten[id(function)](*args, **kwargs)
+        if function.fn not in self.rewritten:
+            self.rewritten[function.fn] = self._bind(function.fn)
+        return self.rewritten[function.fn](*args, **kwargs)
+
+    def _bind(self, function: types.FunctionType) -> types.FunctionType:
+        # outside the compiler a constexpr divided by a tensor would be a constexpr that holds a tensor
+        constants = {n: v.value for n, v in function.__globals__.items() if isinstance(v, tl.constexpr)}
+        namespace = {**function.__globals__, **constants, "interpreter_semantic": self.semantic}
+        exec(_rewritten(function), namespace)
+        return namespace[function.__name__]
 
     def launch(self, kernel: JITFunction, *args, grid, warmup=False, **kwargs) -> None:
         names = kernel.arg_names
@@ -233,18 +242,23 @@ class _Interpreter:
 
 
 class _Rewriter(interpreter.FunctionRewriter):
-    """Triton's rewriting for the interpreter, but into a namespace of its own: the kernel's module stays as it was."""
-
-    def __init__(self, fn, semantic: TritonSemantic):
-        super().__init__(fn)
-        self.semantic = semantic
+    """Triton's rewriting for the interpreter, which leaves the kernel's module as it was."""
 
     def _compile_and_exec(self, transformed_ast):
-        # outside the compiler a constexpr divided by a tensor would be a constexpr that holds a tensor
-        constants = {n: v.value for n, v in self.fn.__globals__.items() if isinstance(v, tl.constexpr)}
-        namespace = {**self.fn.__globals__, **constants, "interpreter_semantic": self.semantic}
-        exec(compile(transformed_ast, filename=self.filename, mode="exec"), namespace)
-        return namespace[self.fn.__name__]
+        return compile(transformed_ast, filename=self.filename, mode="exec")
+
+
+@functools.cache  # it takes as long as a small launch
+def _rewritten(function: types.FunctionType) -> types.CodeType:
+    return _Rewriter(function).rewrite_ast()
+
+
+_np_scalar = functools.cache(interpreter._get_np_dtype)  # which builds its table at every call
+
+
+def _np_dtype(dtype: tl.dtype) -> np.dtype:
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if scalar.is_ptr() else _np_scalar(scalar)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
