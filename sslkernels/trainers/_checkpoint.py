@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 
 import sslkernels
+from sslkernels._files import replacing
 from sslkernels.trainers import TrainError
 from sslkernels.trainers._distributed import World, same_everywhere
 from sslkernels.trainers._log import RunLog
@@ -73,26 +71,6 @@ def software(device: str) -> str:
 def write_atomically(state: dict, path: Path) -> None:
     with replacing(path) as file:
         torch.save(state, file)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of ``path`` once it is whole and on the disk; or nothing changes."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too reaches the disk
-    finally:
-        os.close(folder)
 
 
 def load(path: Path) -> dict:
