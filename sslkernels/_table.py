@@ -8,22 +8,25 @@ from collections.abc import Sequence
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table. A pipe or a file gets plain lines, a row each, whatever is installed."""
+    if not (sys.stdout.isatty() and _printed_by_rich(title, columns, rows)):
+        print(f"\n{title}\n{_aligned(columns, rows)}")
+
+
+def _printed_by_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     try:
         from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
     except ImportError:
-        Console = None
-    if Console is None or not sys.stdout.isatty():
-        print(f"\n{title}\n{_aligned(columns, rows)}")
-        return
+        return False
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
     Console().print(table)
+    return True
 
 
 def _style(cell: str) -> str:
