@@ -73,9 +73,7 @@ def backends() -> dict[str, dict[str, Backend]]:
         cpu = all(_implemented(name, "CPU") for name in spec.torch_ops)
         report[spec.name] = {
             "cpu": Backend("cpp") if cpu else Backend("reference", {"cpp": extension_error}),
-            "cuda": _cuda_backend(
-                _on_cuda[spec.torch_ops[0]], spec.has_cuda, spec.torch_ops[0] not in _without_triton
-            ),
+            "cuda": _cuda_backend(_on_cuda[spec.torch_ops[0]], spec.has_cuda, spec.torch_ops[0] not in _without_triton),
         }
     return report
 

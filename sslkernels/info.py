@@ -22,8 +22,8 @@ PACKAGES = ("numpy", "torchvision", "timm", "scikit-learn", "rich")  # what trai
 # what changes how this library, PyTorch or their runtimes compute, compile or find their parts
 VARIABLES = ("ATEN_CPU_CAPABILITY", "CC", "CXX", "GLIBC_TUNABLES", "LD_LIBRARY_PATH", "LD_PRELOAD")
 PREFIXES = (
-    "SSLKERNELS_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS_", "NVIDIA_", "HIP_",
-    "ROCR_", "NCCL_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_",
+    "SSLKERNELS_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS_", "NVIDIA_",
+    "HIP_", "ROCR_", "NCCL_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_",
 )  # fmt: skip
 
 

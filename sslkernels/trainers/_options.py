@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, method: str, data_example
     data.add_argument(
         "--image-size", type=whole(8, 8192), metavar="PIXELS", help="of a side (default: 8, 28 or 64, by the source)"
     )
-    data.add_argument("--workers", type=whole(0, 1024), default=1, metavar="N", help="processes that load (default: 1)")
+    data.add_argument(
+        "--workers", type=whole(0, 1024), default=1, metavar="N", help="processes that load images (default: 1)"
+    )
     run = parser.add_argument_group("run")
-    run.add_argument("--steps", type=whole(1), default=300, metavar="N", help="of the optimiser (default: %(default)s)")
+    run.add_argument(
+        "--steps", type=whole(1), default=300, metavar="N", help="steps of the optimiser (default: %(default)s)"
+    )
     run.add_argument(
         "--stop-after", type=whole(1), metavar="STEP", help="end early; the schedule stays that of --steps"
     )
@@ -44,7 +49,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, method: str, data_example
         "--seed", type=whole(0, 2**63 - 1), default=0, metavar="N", help="of all that is random (default: %(default)s)"
     )
     run.add_argument(
-        "--out", type=Path, default=Path("runs") / method, metavar="FOLDER", help="for log and checkpoint (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("runs") / method,
+        metavar="FOLDER",
+        help="for log and checkpoint (default: %(default)s)",
     )
     run.add_argument(
         "--checkpoint-every", type=whole(1), default=50, metavar="STEPS", help="and at the end (default: %(default)s)"
@@ -58,14 +67,21 @@ def add_run_arguments(parser: argparse.ArgumentParser, method: str, data_example
         "--device", type=device, default=present, metavar="cpu|cuda", help="default: cuda where there is a GPU"
     )
     machine.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", metavar="fp32|bf16", help="bf16: by autocast (default: fp32)"
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        metavar="fp32|bf16",
+        help="bf16: by autocast (default: fp32)",
     )
     machine.add_argument(
         "--ops", choices=("fused", "reference"), default="fused", metavar="fused|reference",
         help="reference: their definitions in plain PyTorch (default: fused)",
     )  # fmt: skip
     machine.add_argument(
-        "--threads", type=whole(1, 4096), metavar="N", help="default: what --workers leaves; a resumed run keeps its own"
+        "--threads",
+        type=whole(1, 4096),
+        metavar="N",
+        help="default: what --workers leaves; a resumed run keeps its own",
     )
 
 
@@ -73,22 +89,41 @@ def add_optimizer_arguments(parser: argparse.ArgumentParser, accumulate: bool = 
     parser.set_defaults(accumulate=1)
     group = parser.add_argument_group("optimiser")
     group.add_argument(
-        "--batch-size", type=whole(2), default=128, metavar="IMAGES", help="a step, over all processes (default: %(default)s)"
+        "--batch-size",
+        type=whole(2),
+        default=128,
+        metavar="IMAGES",
+        help="per step, over all processes (default: %(default)s)",
     )
     if accumulate:
         group.add_argument(
-            "--accumulate", type=whole(1), metavar="K", help="embed a step in K parts, for less memory; same loss (default: 1)"
+            "--accumulate",
+            type=whole(1),
+            metavar="K",
+            help="embed a batch in K parts: less memory, same loss (default: 1)",
         )
     group.add_argument(
-        "--optimizer", choices=sorted(LEARNING_RATES), default="adamw", metavar="NAME", help="adamw or lars (default: adamw)"
+        "--optimizer",
+        choices=sorted(LEARNING_RATES),
+        default="adamw",
+        metavar="NAME",
+        help="adamw or lars (default: adamw)",
     )
     rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
     group.add_argument("--lr", type=positive, metavar="RATE", help=f"at its peak (default: {rates})")
     group.add_argument(
-        "--warmup", type=whole(0), default=20, metavar="STEPS", help="of a linear rise, before half a cosine (default: %(default)s)"
+        "--warmup",
+        type=whole(0),
+        default=20,
+        metavar="STEPS",
+        help="of a linear rise, before half a cosine (default: %(default)s)",
     )
     group.add_argument(
-        "--weight-decay", type=nonnegative, default=1e-4, metavar="RATE", help="not of biases and norms (default: %(default)s)"
+        "--weight-decay",
+        type=nonnegative,
+        default=1e-4,
+        metavar="RATE",
+        help="not of biases and norms (default: %(default)s)",
     )
 
 
@@ -97,7 +132,9 @@ def add_encoder_arguments(
 ) -> argparse._ArgumentGroup:
     """The method's own group, to which it may add more. ``norm`` and ``temperature`` say what they mean for it."""
     group = parser.add_argument_group(method)
-    group.add_argument("--backbone", default="test_resnet", metavar="NAME", help="a model of timm (default: %(default)s)")
+    group.add_argument(
+        "--backbone", default="test_resnet", metavar="NAME", help="a model of timm (default: %(default)s)"
+    )
     group.add_argument(
         "--norm", choices=("batch", "group"), default="batch", metavar="batch|group", help=f"{norm} (default: batch)"
     )
@@ -179,7 +216,14 @@ def run_guarded(method: str, run: Callable[[], int | None]) -> int:
         message = str(error).splitlines()[-1].removeprefix(f"{TrainError.__module__}.{TrainError.__name__}: ")
         status = 2
     except OSError as error:
-        message, status = str(error), 2
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        status = 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        wanted = re.search(r"allocate ([\d.]+ [KMGT]?i?B|\d+ bytes)", str(error))
+        message = f"out of memory{f' ({wanted[1]} asked for)' if wanted else ''}: make something smaller"
+        status = 2
     except KeyboardInterrupt:
         message, status = "interrupted; --resume goes on from the last checkpoint", 130
     finally:
@@ -187,3 +231,8 @@ def run_guarded(method: str, run: Callable[[], int | None]) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"sslkernels train {method}: {message}", file=sys.stderr)
     return status
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """PyTorch has an exception of its own for GPUs alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -33,11 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of masks, the rules of torch.library, and that compiled code computes what eager code does."
     )
     parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     specs = list(registry.ops())
     dtypes = sorted({dtype_name(dtype) for spec in specs for dtype in spec.dtypes})
-    what = parser.add_argument_group("what to check (each of --op, --dtype and --device repeatable; default: everything)")
-    what.add_argument("--op", action="append", choices=[spec.name for spec in specs], metavar="OP", help="one of: %(choices)s")
+    what = parser.add_argument_group(
+        "what to check (each of --op, --dtype and --device repeatable; default: everything)"
+    )
+    what.add_argument(
+        "--op", action="append", choices=[spec.name for spec in specs], metavar="OP", help="one of: %(choices)s"
+    )
     what.add_argument("--dtype", action="append", choices=dtypes, metavar="DTYPE", help="one of: %(choices)s")
     what.add_argument("--device", action="append", choices=("cpu", "cuda"), metavar="DEVICE", help="cpu or cuda")
     what.add_argument(
@@ -48,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output = parser.add_argument_group("what to write")
     output.add_argument("--details", action="store_true", help="a row for each check in each dtype, not for each op")
-    output.add_argument("--json", type=output_file, metavar="FILE", help="write every check and the environment to FILE")
+    output.add_argument(
+        "--json", type=output_file, metavar="FILE", help="write every check and the environment to FILE"
+    )
     output.add_argument("--junit", type=output_file, metavar="FILE", help="write JUnit's XML to FILE")
 
 
