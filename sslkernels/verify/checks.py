@@ -15,6 +15,15 @@ from sslkernels.verify import properties
 
 OPCHECK_CASES = 2  # so many of an op's first cases go through opcheck, and one that calls an operator first
 COMPILED_CASES = 1  # so many through torch.compile, which takes seconds
+ELSEWHERE = {
+    ("cpu", "triton"): (
+        "Triton's kernels are for GPUs; in a source checkout tests/test_*_triton.py interpret them on the CPU"
+    ),
+    ("cpu", "cuda"): (
+        "CUDA kernels are for GPUs; in a source checkout tests/test_*_cuda.py and test_*_gpu.py run them on the CPU"
+    ),
+    ("cuda", "cpp"): "the C++ kernels are for CPUs",
+}
 FALLBACK = "fallback"  # what the operators do on a device without kernels; "reference" does without operators
 
 
@@ -125,7 +134,7 @@ def _available(spec: OpSpec, device: str, backend: str | None) -> tuple[dict[str
     found |= {name: name for name in (*report.besides, "reference")}
     absent = {name: why for name, why in report.absent.items() if backend in (None, name)}
     if backend not in (None, *found, *absent):
-        absent[backend] = f"{device} tensors know {', '.join(found)}"
+        absent[backend] = ELSEWHERE.get((device, backend), f"on {device} there are {', '.join(found)}")
     chosen = {label: key for label, key in found.items() if backend in (None, label)}
     return chosen, {f"{name} on {device}": why for name, why in absent.items()}
 

@@ -58,12 +58,13 @@ def ran(checks: Iterable[Check]) -> list[str]:
     for place, members in group_by(checks, lambda check: check.target.place).items():
         ops = dict.fromkeys(check.target.op for check in members)
         dtypes = dict.fromkeys(dtype_name(check.target.dtype) for check in members)
-        lines.append(f"ran: {place}: {len(members)} checks of {len(ops)} ops in {', '.join(dtypes)}")
+        count = f"{len(ops)} op{'s' if len(ops) > 1 else ''}"
+        lines.append(f"ran: {place}: {len(members)} checks of {count} in {', '.join(dtypes)}")
     return lines or ["ran: nothing"]
 
 
 def describe_not_run(line: NotRun) -> str:
-    return f"not run: {line.what}: {line.reason}{f' ({chr(44).join(line.ops)})' if line.ops else ''}"
+    return f"not run: {line.what}: {line.reason}" + (f" ({', '.join(line.ops)})" if line.ops else "")
 
 
 def group_by(checks: Iterable[Check], key: Callable[[Check], Hashable]) -> dict[Hashable, list[Check]]:
