@@ -43,7 +43,7 @@ def _finite(value):
 
 
 def write_junit(path: Path, outcome: Outcome, facts: dict) -> None:
-    """A suite for each op on each backend, with a test case for each check in each dtype; what did not run is skipped."""
+    """A suite for each op on each backend, a test case for each check in each dtype; what did not run is skipped."""
     root = ET.Element("testsuites", name="sslkernels verify", time=f"{outcome.seconds:.1f}")
     for (op, place), members in group_by(outcome.checks, lambda check: (check.target.op, check.target.place)).items():
         suite = ET.SubElement(root, "testsuite", name=f"{op} on {place}")
