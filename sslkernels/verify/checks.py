@@ -13,8 +13,6 @@ from sslkernels.numerics import Comparison, Evaluation, Expected
 from sslkernels.registry import Case, OpSpec
 from sslkernels.verify import properties
 
-OPCHECK_CASES = 2  # so many of an op's first cases go through opcheck, and one that calls an operator first
-COMPILED_CASES = 1  # so many through torch.compile, which takes seconds
 ELSEWHERE = {
     ("cpu", "triton"): (
         "Triton's kernels are for GPUs; in a source checkout tests/test_*_triton.py interpret them on the CPU"
@@ -152,7 +150,10 @@ def check_group(group: Group) -> Iterator[list[Check]]:
         for label, arguments in calls:
             checks += _check_numbers(group, label, arguments)
             if group.integrated:
-                checks += _check_integration(group, index, label, arguments, unseen)
+                checks += _check_operators(group, label, arguments, unseen, always=index == 0)
+        if group.integrated and index == 0:  # once: it takes seconds. The last call has the most that may require grad
+            label, arguments = calls[-1]
+            checks.append(_check("compiled", group.active, label, properties.compiled_agrees, group.spec, arguments))
         yield checks + (_check_bits(group, case) if group.spec.is_mask else [])
     if group.integrated and unseen:
         reason = f"no case calls {', '.join(sorted(unseen))}"
@@ -182,19 +183,16 @@ def _compare(spec: OpSpec, target: Target, label: str, arguments: dict, expected
     return [*checks, _check("deterministic", target, label, _same_twice, first, second)]
 
 
-def _check_integration(group: Group, index: int, label: str, arguments: dict, unseen: set[str]) -> list[Check]:
-    """What PyTorch asks of the operators that the active backend calls; takes those off ``unseen``."""
-    spec, checks = group.spec, []
+def _check_operators(group: Group, label: str, arguments: dict, unseen: set[str], always: bool) -> list[Check]:
+    """opcheck of the operators that the active backend calls, always or where some are new; they leave ``unseen``."""
     try:
-        called = properties.operators(spec, arguments)
+        called = properties.operators(group.spec, arguments)
     except Exception:  # the crash is reported as the value's
         return []
-    if index < OPCHECK_CASES or unseen & set(called):
-        checks.append(_check("opcheck", group.active, label, properties.operators_hold, spec, called))
-        unseen -= set(called)
-    if index < COMPILED_CASES:
-        checks.append(_check("compiled", group.active, label, properties.compiled_agrees, spec, arguments))
-    return checks
+    if not (always or unseen & set(called)):
+        return []
+    unseen -= set(called)
+    return [_check("opcheck", group.active, label, properties.operators_hold, group.spec, called)]
 
 
 def _check_bits(group: Group, case: Case) -> list[Check]:
