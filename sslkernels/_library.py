@@ -40,6 +40,7 @@ def _implemented(torch_op: str, key: str) -> bool:
 
 
 _on_cuda: dict[str, list[str]] = {}  # operator: what there is, "cuda" (C++) and "triton"; the first owns the key
+_without_triton: set[str] = set()  # operators for which no Triton kernel is written
 
 
 def claim_cuda(torch_op: str, compiled_op: str = "", *, has_triton: bool = True) -> str:
@@ -52,6 +53,8 @@ def claim_cuda(torch_op: str, compiled_op: str = "", *, has_triton: bool = True)
     found = ["cuda"] if _implemented(compiled_op or torch_op, "CUDA") else []
     if has_triton and not triton_error():
         found.insert(0 if compiled_op else len(found), "triton")
+    if not has_triton:
+        _without_triton.add(torch_op)
     _on_cuda[torch_op] = found
     return found[0] if found else "reference"
 
@@ -70,16 +73,20 @@ def backends() -> dict[str, dict[str, Backend]]:
         cpu = all(_implemented(name, "CPU") for name in spec.torch_ops)
         report[spec.name] = {
             "cpu": Backend("cpp") if cpu else Backend("reference", {"cpp": extension_error}),
-            "cuda": _cuda_backend(_on_cuda[spec.torch_ops[0]], spec.has_cuda),
+            "cuda": _cuda_backend(_on_cuda[spec.torch_ops[0]], spec.has_cuda, spec.torch_ops[0] not in _without_triton),
         }
     return report
 
 
-def _cuda_backend(found: list[str], has_cuda: bool) -> Backend:
+def _cuda_backend(found: list[str], has_cuda: bool, has_triton: bool = True) -> Backend:
     absent = {}
-    if has_cuda and "cuda" not in found:
-        absent["cuda"] = extension_error or "the extension was built without nvcc"
-    if triton_error():
+    if not has_cuda:
+        absent["cuda"] = "this op has no kernel in CUDA C++"
+    elif "cuda" not in found:
+        absent["cuda"] = extension_error or "the extension was built where nvcc was not found, or with one too old"
+    if not has_triton:
+        absent["triton"] = "this op has no kernel in Triton"
+    elif triton_error():
         absent["triton"] = triton_error()
     active, *besides = found or ["reference"]
     return Backend(active, absent, tuple(besides))

@@ -18,8 +18,21 @@ from sslkernels import info, verify
 BENCH = Path(sslkernels.__file__).parents[1] / "bench"
 
 
+class Formatter(argparse.HelpFormatter):
+    """Keeps paragraphs apart, and lines as they are where some are indented."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            p if "\n  " in p else super(Formatter, self)._fill_text(p, width, indent) for p in paragraphs
+        )
+
+
 class Parser(argparse.ArgumentParser):
-    """Ends on a mistake with one line instead of the whole usage."""
+    """Ends on a mistake with one line instead of the whole usage; takes options by their full names alone."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"formatter_class": Formatter, "allow_abbrev": False, **options})
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the arguments)\n")

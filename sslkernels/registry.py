@@ -52,7 +52,10 @@ class Case:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """One public op. ``reference`` takes the same arguments as ``function`` and computes in the dtype it is given."""
+    """One public op. ``reference`` takes the same arguments as ``function`` and computes in the dtype it is given.
+
+    ``is_mask``: what it returns follows from a seed and the numbers of the samples, bit for bit on every device.
+    """
 
     name: str
     function: Callable
@@ -62,6 +65,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...]
     cases: tuple[Case, ...]
     has_cuda: bool = False  # csrc/cuda has kernels for it
+    is_mask: bool = False
 
     def tagged(self, tag: str) -> list[Case]:
         return [case for case in self.cases if tag in case.tags]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import platform
 import runpy
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 import sslkernels
 import sslkernels.trainers
-from sslkernels import _library, cli, info
+from sslkernels import Backend, _library, cli, info
+from sslkernels._files import output_file
 
 
 @pytest.fixture
@@ -50,23 +55,108 @@ def test_info_without_the_extension(monkeypatch):
     monkeypatch.setattr(_library, "extension", None)
     monkeypatch.setattr(_library, "extension_error", "no compiler was found")
     facts = info.collect()
-    assert facts["extension"] == "no compiler was found"
+    assert facts["extension"] == "none: no compiler was found"
     assert facts["isa"] == "none: the compiled extension is not loaded"
 
 
-def test_info_names_what_chose_the_instruction_set(monkeypatch):
-    class Extension:
-        build_info = staticmethod(lambda: {"compiler": "12.2"})
-        isa = staticmethod(lambda: "avx2")
-        supported_isas = staticmethod(lambda: ["baseline", "avx2", "avx512"])
+class Extension:
+    __file__ = "/somewhere/_C.so"
+    build_info = staticmethod(lambda: {"compiler": "12.2"})
+    isa = staticmethod(lambda: "avx2")
+    supported_isas = staticmethod(lambda: ["baseline", "avx2"])
+    built_isas = staticmethod(lambda: ["baseline", "avx2", "avx512"])
 
+
+def test_info_names_what_chose_the_instruction_set(monkeypatch):
     monkeypatch.setattr(_library, "extension", Extension)
     monkeypatch.setenv("SSLKERNELS_ISA", "avx2")
-    assert info.collect()["isa"] == "avx2: SSLKERNELS_ISA=avx2 (of baseline, avx2, avx512)"
+    runs = "(it runs baseline, avx2; built too, but not on this processor: avx512)"
+    assert info.collect()["isa"] == f"avx2: SSLKERNELS_ISA=avx2 {runs}"
     monkeypatch.delenv("SSLKERNELS_ISA")
     facts = info.collect()
-    assert facts["isa"].startswith("avx2: the best one")
-    assert facts["extension"] == "loaded (compiler 12.2)"
+    assert facts["isa"] == f"avx2: the best that was built and this processor has {runs}"
+    assert facts["extension"] == "loaded from /somewhere/_C.so (compiler 12.2)"
+
+
+def test_info_survives_an_instruction_set_that_is_none(monkeypatch):
+    def refuse():
+        raise RuntimeError("SSLKERNELS_ISA must be one of baseline, got 'sse9'")
+
+    monkeypatch.setattr(_library, "extension", Extension)
+    monkeypatch.setattr(Extension, "isa", refuse)
+    assert info.collect()["isa"] == (
+        "none, and every kernel refuses to run: SSLKERNELS_ISA must be one of baseline, got 'sse9'"
+    )
+
+
+def test_info_tells_the_machine_and_what_changes_results(monkeypatch, capsys):
+    monkeypatch.setenv("OMP_PROC_BIND", "close")
+    monkeypatch.setenv("AN_API_KEY", "secret")
+    facts = info.collect()
+    assert facts["environment"]["OMP_PROC_BIND"] == "close"
+    assert facts["installed"] == str(Path(sslkernels.__file__).parent)
+    assert platform.release() in facts["system"] and platform.machine() in facts["system"]
+    assert facts["cpus"] >= 1 and "numpy" in facts["packages"] and "'highest'" in facts["matmul"]
+    cli.main(["info"])
+    text = capsys.readouterr().out
+    assert "environment OMP_PROC_BIND=close\n" in text and "secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("built", "expected"),
+    ((False, "no device: this torch is built for CPUs alone"), (True, "no device: no driver was found (CUDA 13.0)")),
+)
+def test_info_says_why_there_is_no_gpu(monkeypatch, built, expected):
+    def no_driver():
+        raise RuntimeError("no driver was found. Install one")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    monkeypatch.setattr(torch.cuda, "init", no_driver)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert info.collect()["cuda"] == expected
+
+
+def test_info_lists_the_gpus(monkeypatch):
+    gpu = types.SimpleNamespace(name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    assert "NVIDIA H100 (sm_90, 80 GiB), NVIDIA H100 (sm_90, 80 GiB)" in info.collect()["cuda"]
+
+
+def test_info_says_what_is_wrong_with_triton(monkeypatch):
+    monkeypatch.setattr(_library, "triton_error", lambda: "it is not installed")
+    assert info._triton() == "none: it is not installed"
+    monkeypatch.setattr(_library, "triton_error", lambda: "")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert info._triton().startswith("none: it is installed but does not import (ModuleNotFoundError")
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="9.9"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert info._triton() == "9.9 (TRITON_INTERPRET=1: kernels are interpreted)"
+
+
+def test_info_gives_a_reason_for_all_that_is_absent(monkeypatch, capsys):
+    lacking = {"cpp": "no compiler"}
+    report = {
+        "one": {"cpu": Backend("reference", lacking), "cuda": Backend("triton", {}, ("cuda",))},
+        "two": {"cpu": Backend("reference", lacking), "cuda": Backend("cuda", {"triton": "none was written"})},
+    }
+    monkeypatch.setattr(sslkernels, "backends", lambda: report)
+    cli.main(["info"])
+    text = capsys.readouterr().out
+    lines = [line.split() for line in text.splitlines()]
+    assert ["one", "reference", "triton", "(cuda)"] in lines and ["two", "reference", "cuda"] in lines
+    assert "\nno cpp on cpu: no compiler (all ops)\n" in text
+    assert "\nno triton on cuda: none was written (two)\n" in text
+
+
+def test_every_kernel_that_is_missing_has_a_reason():
+    for op, devices in sslkernels.backends().items():
+        for device, names in {"cpu": {"cpp"}, "cuda": {"cuda", "triton"}}.items():
+            backend = devices[device]
+            assert names == ({backend.active, *backend.besides, *backend.absent} - {"reference"}), op
+            assert all(backend.absent.values())
 
 
 def test_version(capsys):
@@ -96,12 +186,26 @@ def test_runs_as_a_module(monkeypatch, capsys):
         (("bench", "--device", "tpu"), "'tpu'"),
         (("train",), "METHOD"),
         (("train", "nothing"), "no method 'nothing'"),
+        (("info", "more"), "more"),
+        (("verify", "--devi", "cpu"), "--devi"),
+        (("verify", "--json", "/nowhere/at/all.json"), "/nowhere/at is not a folder"),
+        (("verify", "--json", "/"), "/ is a folder"),
+        (("verify", "--junit", "/dev/null"), "no regular file"),
     ),
 )
 def test_a_mistake_ends_in_one_line(fails, argv, expected):
     line = fails(*argv)
     assert line.startswith("sslkernels")
     assert expected in line
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_work(monkeypatch, tmp_path):
+    assert output_file(str(tmp_path / "new.json")) == tmp_path / "new.json"
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    assert output_file(str(tmp_path / "link.json")) == tmp_path / "there.json"
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(argparse.ArgumentTypeError, match="is not writable"):
+        output_file(str(tmp_path / "new.json"))
 
 
 def test_bench_needs_a_source_checkout(fails, monkeypatch, tmp_path):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 
 import sslkernels
+from sslkernels._files import replacing
 from sslkernels.trainers import TrainError
 from sslkernels.trainers._distributed import World, same_everywhere
 from sslkernels.trainers._log import RunLog
@@ -37,6 +35,9 @@ def begin(args: argparse.Namespace, world: World, parts: dict[str, Stateful]) ->
     """
     path = args.out / NAME
     saved = load(path) if args.resume and path.exists() else {}
+    needed = {"options", "threads", "software", "step", "log"}
+    if saved and not needed <= set(saved):
+        raise TrainError(f"{path}: not a checkpoint of a trainer's, or of another version's")
     if not same_everywhere(saved.get("step"), world):
         raise TrainError(f"--out {args.out}: the processes see different checkpoints; it must be a folder they share")
     if saved:
@@ -75,38 +76,21 @@ def write_atomically(state: dict, path: Path) -> None:
         torch.save(state, file)
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of ``path`` once it is whole and on the disk; or nothing changes."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name too reaches the disk
-    finally:
-        os.close(folder)
-
-
 def load(path: Path) -> dict:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise TrainError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+        # of a damaged file PyTorch says a lot, most of it how to load files that one should not trust
+        raise TrainError(f"{path}: not a readable checkpoint ({str(error).partition('. ')[0]})") from error
+    if not isinstance(state, dict):
+        raise TrainError(f"{path}: not a readable checkpoint (it holds a {type(state).__name__})")
+    return state
 
 
 def check_same(saved: dict, options: dict) -> None:
     """A curve goes on identically only under the options that it began with."""
     for name, value in options.items():
         if saved.get(name) != value:
-            raise TrainError(
-                f"--resume: the run began with --{name.replace('_', '-')} {saved.get(name)}, not {value}; "
-                "options that shape the curve must stay"
-            )
+            option = f"--{name.replace('_', '-')}"
+            began = f"{option} {saved[name]}, not {value}" if name in saved else f"another method, without {option}"
+            raise TrainError(f"--resume: the run began with {began}; options that shape the curve must stay")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import timm
+import torch
 from timm.layers import GroupNorm
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -32,6 +33,7 @@ def build_backbone(name: str, data: ImageData, norm: str) -> nn.Module:
             raise TrainError(f"--norm group does not fit --backbone {name}: some batch norm remains")
     if isinstance(backbone, ResNet) and data.image_size < SMALL_IMAGE:
         _keep_resolution(backbone, data.channels)
+    _check_size(name, backbone, data)
     return backbone
 
 
@@ -55,6 +57,22 @@ def build_vit(name: str | None, data: ImageData, patch_size: int | None) -> Visi
     if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
         raise TrainError(f"--backbone {name} is not one of timm's plain ViTs, such as test_vit or vit_tiny_patch16_224")
     return vit
+
+
+@torch.no_grad()
+def _check_size(name: str, backbone: nn.Module, data: ImageData) -> None:
+    """Some models take images of few sizes alone, and tell it only when they see one."""
+    image = torch.zeros(1, data.channels, data.image_size, data.image_size)
+    try:
+        backbone.eval()(image)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if isinstance(error, RuntimeError) and "memory" in str(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise TrainError(
+            f"--backbone {name} does not take images of {data.image_size} pixels (--image-size): {reason}"
+        ) from error
+    backbone.train()
 
 
 def _check_name(name: str) -> None:

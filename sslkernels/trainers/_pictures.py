@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.utils import save_image
 
-from sslkernels.trainers._checkpoint import replacing
+from sslkernels._files import replacing
 
 LEAST_PIXELS = 64  # a side of a shown image: smaller ones are enlarged
 

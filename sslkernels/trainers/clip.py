@@ -57,9 +57,9 @@ MAX_SCALE = 100.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_run_arguments(parser, "clip")
+    add_run_arguments(parser, "clip", data_example="fashion-mnist")
     add_optimizer_arguments(parser, accumulate=False)
-    add_encoder_arguments(parser, "clip", norm="of the image encoder", temperature="at the start; it learns")
+    add_encoder_arguments(parser, "clip", norm="of the image encoder", temperature="at the start; it is learnt")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -44,11 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_optimizer_arguments(parser)
     parser.set_defaults(steps=1000, weight_decay=0.05)
     group = parser.add_argument_group("mae")
-    group.add_argument("--backbone", metavar="NAME", help="a ViT of timm (default: a small one)")
-    group.add_argument("--patch-size", type=whole(1), metavar="PIXELS", help="default: what suits the data")
-    group.add_argument("--mask-ratio", type=share, default=0.75, help="removed of the patches (default: %(default)s)")
+    group.add_argument("--backbone", metavar="NAME", help="a ViT of timm (default: test_vit, widened)")
+    group.add_argument(
+        "--patch-size", type=whole(1), metavar="PIXELS", help="of a side (default: at most 8 patches along a side)"
+    )
+    group.add_argument(
+        "--mask-ratio", type=share, default=0.75, metavar="SHARE", help="of the patches removed (default: %(default)s)"
+    )
     group.add_argument("--norm-pix", action="store_true", help="predict each patch without its mean and deviation")
-    group.add_argument("--decoder-dim", type=whole(1), default=64, metavar="DIM", help="default: %(default)s")
+    group.add_argument(
+        "--decoder-dim", type=whole(1, 2**20), default=64, metavar="DIM",
+        help=f"a multiple of {HEAD_DIM} (default: %(default)s)",
+    )  # fmt: skip
     group.add_argument("--decoder-depth", type=whole(1), default=2, metavar="BLOCKS", help="default: %(default)s")
 
 
@@ -67,6 +74,7 @@ def train(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 
     torch.manual_seed(args.seed)
     encoder = build_vit(args.backbone, data, args.patch_size)
+    check_mask(args.mask_ratio, encoder.patch_embed.num_patches)
     model = MaskedAutoencoder(encoder, args.mask_ratio, args.decoder_dim, args.decoder_depth, args.ops).to(device)
     untrained = copy.deepcopy(encoder)
     optimizer = build_optimizer(model, args.optimizer, args.weight_decay, BETAS)
@@ -110,6 +118,14 @@ def train(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     images = torch.stack([transform(shown.images[i]) for i in range(min(PICTURED, len(shown)))]).to(device)
     write_grid(reconstruct(model.eval(), images, args.norm_pix, args.seed), args.out / PICTURE)
     return both_probes(data, untrained, encoder, transform, device)
+
+
+def check_mask(mask_ratio: float, patches: int) -> None:
+    """Some patches must be seen, and some predicted."""
+    kept = sslkernels.patch_mask(1, patches, mask_ratio, seed=0).ids_keep.shape[1]
+    if kept in (0, patches):
+        what = "all" if kept else "none"
+        raise TrainError(f"--mask-ratio {mask_ratio:g} keeps {what} of the {patches} patches of an image")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_arguments(parser, "moco")
     add_optimizer_arguments(parser)
     group = add_encoder_arguments(parser, "moco", norm="batch: keys by running statistics; group: images never meet")
-    group.add_argument("--queue", type=whole(1), default=1024, metavar="K", help="keys kept (default: %(default)s)")
-    group.add_argument("--momentum", type=share, default=0.99, help="of the key encoder (default: %(default)s)")
+    group.add_argument(
+        "--queue",
+        type=whole(1),
+        default=1024,
+        metavar="K",
+        help="earlier keys kept as negatives (default: %(default)s)",
+    )
+    group.add_argument(
+        "--momentum",
+        type=share,
+        default=0.99,
+        metavar="SHARE",
+        help="the key encoder keeps of itself (default: %(default)s)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:

@@ -115,6 +115,10 @@ MASKING_CASES = (
     _masking_case(
         "scores", 3, 33, 8, (VERIFY, EDGE), seed=None, scores=lambda device: distinct_scores(3, 33, device)
     ),
+    _masking_case(
+        "given_ids", 3, 29, 8, (VERIFY, EDGE), prefix=1, seed=None,
+        ids_keep=lambda device: distinct_scores(3, 29, device).argsort(dim=1)[:, :7],
+    ),
     _masking_case("video", 2, 1568, 16, (VERIFY, EDGE), mask_ratio=0.9),
     _masking_case(
         "ids_keep", 2, 196, 768, (EDGE, AOT), prefix=1, seed=None,
@@ -226,9 +230,9 @@ EMBED_CASES = (
 )
 
 
-def _spec(name: str, function, torch_ops, grad_args, dtypes, cases) -> OpSpec:
+def _spec(name: str, function, torch_ops, grad_args, dtypes, cases, is_mask: bool = False) -> OpSpec:
     reference = functools.partial(function, backend="reference")
-    return OpSpec(name, function, reference, torch_ops, grad_args, dtypes, cases, has_cuda=True)
+    return OpSpec(name, function, reference, torch_ops, grad_args, dtypes, cases, has_cuda=True, is_mask=is_mask)
 
 
 OPS = (
@@ -239,8 +243,9 @@ OPS = (
         ("x",),
         DTYPES,
         MASKING_CASES,
+        is_mask=True,
     ),
-    _spec("patch_mask", mask, ("patch_mask_fwd",), (), MASK, MASK_CASES),
+    _spec("patch_mask", mask, ("patch_mask_fwd",), (), MASK, MASK_CASES, is_mask=True),
     _spec("gather_tokens", gather_tokens, ("gather_tokens_fwd", "gather_tokens_bwd"), ("x",), DTYPES, GATHER_CASES),
     _spec(
         "restore_tokens",

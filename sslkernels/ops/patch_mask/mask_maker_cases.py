@@ -148,7 +148,7 @@ TUBE_CASES = (
 
 def _spec(name: str, function, torch_op: str, cases) -> OpSpec:
     reference = functools.partial(function, backend="reference")
-    return OpSpec(name, function, reference, (torch_op,), (), MASK, cases, has_cuda=True)
+    return OpSpec(name, function, reference, (torch_op,), (), MASK, cases, has_cuda=True, is_mask=True)
 
 
 OPS = (
