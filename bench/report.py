@@ -12,7 +12,7 @@ from pathlib import Path
 import figures
 import overview
 import results
-from tables import curve_table, disturbances, ratios_table, table, times_table
+from tables import HOW_TO_READ, curve_table, disturbances, ratios_table, table, times_table
 
 INSTRUCTIONS = {"avx512": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16"}  # by name of the kernels made for them
 
@@ -33,8 +33,7 @@ def page(found: dict, drawn: dict[str, str]) -> str:
             blocks.append(f"![Time and memory of {op} as its inputs grow]({drawn[op]})")
         blocks += [ratios_table(own), *(curve_table(points) for points in results.curves(own).values())]
     blocks += [
-        "## All times\n\nMilliseconds: median [quartiles]. Memory: MiB at the peak on top of the inputs, what is "
-        "returned included, in a process of its own.",
+        "## All times\n\nMilliseconds: median [quartiles]. Memory in MiB.",
         times_table(results.of_inputs(races)),
         "## Rates of this machine\n\nMeasured in turn with the times above, medians over all races: GFLOP/s of "
         "multiply-adds on registers (fma) and of torch.mm, billions of exponentials a second, GB/s of a copy and of a "
@@ -74,11 +73,8 @@ def unmeasured(found: dict) -> list[str]:
         lines.append("Anything to rely on: this was a quick run, of three rounds and without torch.compile.")
     if on_cpu:
         lines.append("Any GPU. The speed of the Triton and CUDA kernels is unknown.")
-        lines += [
-            f"Kernels for {name}: not in this processor."
-            for isa, name in INSTRUCTIONS.items()
-            if isa not in facts["isa"]
-        ]
+        lacking = [name for isa, name in INSTRUCTIONS.items() if isa not in facts["isa"]]
+        lines += [f"The kernels for {name}, which this processor lacks." for name in lacking]
         lines.append("Processors other than this one, aarch64 among them.")
         if "avx512_bf16" not in facts["isa"]:
             lines.append("Large inputs in bfloat16, which this processor has to emulate.")
@@ -88,12 +84,9 @@ def unmeasured(found: dict) -> list[str]:
     if absent:
         lines.append(f"Against packages that are not installed: {', '.join(absent)}.")
     if settings["curves"]:
-        lines.append(
-            "torch.compile and bfloat16 on the scaling curves: every point would have to be compiled by itself."
-        )
-    ungraphed = {
-        label for race in results.races(found) for label, e in race["contenders"].items() if e.get("graph") is False
-    }
+        lines.append("torch.compile and bfloat16 on the scaling curves.")
+    entries = [pair for race in results.races(found) for pair in race["contenders"].items()]
+    ungraphed = {label for label, entry in entries if entry.get("graph") is False}
     if ungraphed:
         lines.append(f"As CUDA graphs, since they cannot be recorded: {', '.join(sorted(ungraphed))}.")
     return lines
