@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib import metadata
 
 import measure
@@ -12,15 +11,12 @@ import torch
 from memory import peak_memory
 from rates import rates, roofline
 from runs import Run, chosen
+from settings import Settings
 from timing import Race, graphed
 
 import sslkernels
 from sslkernels import info
 from sslkernels.bench import PEERS
-
-OURS = ("ours", "eager", "compile", "EMATeacher")  # who races whichever peers are asked for
-TOO_SLOW = 3.0  # seconds: who takes longer at one point of a curve is not tried at the next
-MEMORY_SECONDS = 10.0  # nor is the memory of who takes longer measured
 
 
 def pytest_addoption(parser):
@@ -55,43 +51,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
             facts["versions"][package] = "not installed"
     facts["settings"] = {name: config.getoption(f"--{name}") for name in ("device", "quick", "curves", "cuda-graphs")}
     machine_info["sslkernels"] = facts
-
-
-@dataclass
-class Settings:
-    """What the command line asks for, and what is known from earlier races."""
-
-    device: str
-    quick: bool
-    peers: list[str] | None  # None: all
-    graphs: bool
-    seconds: float
-    checked: set[str] = field(default_factory=set)  # inputs that are known to be right: once for both directions
-    slow: set[tuple] = field(default_factory=set)  # contenders whose curves have ended
-
-    def admits(self, run: Run, label: str) -> bool:
-        name = label.split()[0]
-        return (name in OURS or self.peers is None or name in self.peers) and (
-            run.op,
-            run.curve and run.curve.size,
-            label,
-        ) not in self.slow
-
-    def pace(self, run: Run) -> dict:
-        if self.quick:
-            return {"rounds": 3, "budget": 0.2}
-        if run.curve:
-            return {"rounds": 5, "budget": self.seconds / 4, "least": 2, "slow": 2.0}
-        return {"rounds": 15, "budget": self.seconds}
-
-    def note_slow(self, run: Run, times: dict[str, dict]) -> None:
-        if run.curve:
-            names = (label for label, entry in times.items() if entry["median"] > TOO_SLOW and "ours" not in label)
-            self.slow |= {(run.op, run.curve.size, label) for label in names}
-
-    def weighs(self, label: str, entry: dict) -> bool:
-        """Whether the memory of this contender is worth its time."""
-        return label in ("ours fp32", "eager fp32") or not (self.quick or entry["median"] > MEMORY_SECONDS)
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +114,8 @@ def race(settings, benchmark, hold):
             assert_correct(spec, racers, run.case, settings.device)
             settings.checked.add(checked)
         entrants = measure.entrants(spec, racers, run, settings.device)
-        measured = rates(settings.device, ("fp32",), product=False) if run.curve else rates(settings.device)
+        dtypes = ("fp32",) if run.curve else measure.DTYPES
+        measured = rates(settings.device, dtypes, product=not (run.curve or settings.quick))
         seconds, found = hold(run, entrants, measured)
         benchmark.extra_info.update(summarise(run, seconds, found, settings.device))
 

@@ -115,7 +115,9 @@ def _label(axes, ends: dict[str, tuple[float, float, str]]) -> None:
         axes.annotate(
             name, (x, y), (1.07, place), "data", "axes fraction", color=color, verticalalignment="center",
             fontweight="bold" if name == "ours" else "normal", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 4
+            },
         )  # fmt: skip
 
 

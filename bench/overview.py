@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import results
@@ -13,7 +14,9 @@ MAIN = (
     "ema_update_",
 )  # fmt: skip
 ROW, GAP, TOP, BOTTOM = 0.2, 0.34, 0.55, 0.45  # inches
-RIGHT = 1.75  # inches for the labels of the longest bar
+MARGIN = 0.2  # inches
+LETTER = 0.078  # inches that a letter of a label takes at most
+MARKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000, 10000)
 PEER, COMPILED = OTHERS[0], OTHERS[1]
 
 
@@ -23,7 +26,7 @@ def draw(found: list[dict], path: Path) -> None:
     height = TOP + BOTTOM + ROW * len(rows) + GAP * len(races)
     with pyplot.rc_context(STYLE):
         figure = pyplot.figure(figsize=(WIDTH, height))
-        axes = figure.add_axes((0.04, BOTTOM / height, 1 - 0.04 - RIGHT / WIDTH, 1 - (TOP + BOTTOM) / height))
+        axes = figure.add_axes((MARGIN / WIDTH, BOTTOM / height, 1 - 2 * MARGIN / WIDTH, 1 - (TOP + BOTTOM) / height))
         _bars(axes, races)
         figure.text(
             0.02, 1 - 0.2 / height, "How many times faster ours is", fontsize=12, fontweight="bold", va="center"
@@ -51,7 +54,7 @@ def ratios(race: dict) -> dict[str, float]:
 
 
 def _bars(axes, races: list[dict]) -> None:
-    y, longest, shortest = 0.0, 1.0, 1.0
+    y, bars = 0.0, []
     colors = {"eager": EAGER, "compile": COMPILED}
     above = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "color": INK, "va": "bottom"}
     beside = {"textcoords": "offset points", "va": "center", "fontsize": 9}
@@ -60,26 +63,34 @@ def _bars(axes, races: list[dict]) -> None:
         ours = race["contenders"]["ours fp32"]
         time = f"{results.significant(1e3 * ours['median'])} ms{_memory(ours)}"
         axes.annotate(f"{race['op']}  {race['case']}", (0, y + 0.02), (0, 0), fontweight="bold", **above)
-        axes.annotate(time, (1, y + 0.02), (8, 0), **above)
+        axes.annotate(time, (1, y + 0.02), (0, 0), ha="right", **above)
         for name, ratio in ratios(race).items():
             y -= ROW
             color = colors.get(name, PEER)
             axes.barh(y + ROW / 2, ratio - 1, left=1, height=0.55 * ROW, color=color)
             label = f"{name} {ratio:.3g}×{_memory(race['contenders'][f'{name} fp32'])}"
             axes.annotate(label, (max(ratio, 1), y + ROW / 2), (4, 0), color=color, **beside)
-            longest, shortest = max(longest, ratio), min(shortest, ratio)
+            bars.append((ratio, LETTER * len(label) + 0.06))
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_xscale("log")
-    axes.set_xlim(shortest / 1.05, longest * 1.1)
+    axes.set_xlim(_limits(bars))
     axes.set_ylim(y - ROW / 2, 0)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
-    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}×"))
+    marks = [mark for mark in MARKS if axes.get_xlim()[0] <= mark <= 1.3 * max(ratio for ratio, _ in bars)]
+    axes.set_xticks(marks, [f"{mark:g}×" for mark in marks])
+
+
+def _limits(bars: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of a logarithmic axis on which every bar has room for the label behind it, of so many inches."""
+    width = WIDTH - 2 * MARGIN
+    low = min(1.0, *(ratio for ratio, _ in bars)) / 1.02
+    decade = min((width - label) / math.log10(max(ratio, 1.01) / low) for ratio, label in bars)
+    return low, low * 10 ** (width / decade)
 
 
 def _memory(entry: dict) -> str:
     mib = entry.get("extra_mib")
-    return "" if mib is None else f" ({mib:.0f} MiB)"
+    return "" if mib is None else f" ({mib:.{0 if mib >= 10 else 1}f} MiB)"
