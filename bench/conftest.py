@@ -49,7 +49,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
             facts["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             facts["versions"][package] = "not installed"
-    facts["settings"] = {name: config.getoption(f"--{name}") for name in ("device", "quick", "curves", "cuda-graphs")}
+    options = ("device", "peers", "quick", "curves", "cuda-graphs")
+    facts["settings"] = {name: config.getoption(f"--{name}") for name in options}
     machine_info["sslkernels"] = facts
 
 

@@ -48,7 +48,8 @@ def _command(found: dict) -> str:
     settings = found["machine_info"]["sslkernels"]["settings"]
     flags = [f"--{name}" for name in ("quick", "curves", "cuda-graphs") if settings[name]]
     device = ["--device cuda"] if settings["device"] == "cuda" else []
-    return " ".join(["sslkernels bench", *device, *flags])
+    peers = [] if settings["peers"] is None else [f"--peers {settings['peers'] or 'none'}"]
+    return " ".join(["sslkernels bench", *device, *peers, *flags])
 
 
 def _machine(found: dict) -> str:

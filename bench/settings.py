@@ -20,18 +20,16 @@ class Settings:
     peers: list[str] | None  # None: all
     graphs: bool
     seconds: float
-    checked: set[str] = field(default_factory=set)  # inputs that are known to be right: once for both directions
+    checked: set[tuple] = field(default_factory=set)  # what is known to be right: once for both directions
     slow: set[tuple] = field(default_factory=set)  # contenders whose curves have ended
 
     def admits(self, run: Run, label: str) -> bool:
-        name = label.split()[0]
-        return (name in OURS or self.peers is None or name in self.peers) and (
-            run.op,
-            run.curve and run.curve.size,
-            label,
-        ) not in self.slow
+        """Whether a contender takes part."""
+        name, line = label.split()[0], (run.op, run.curve and run.curve.size, label)
+        return (name in OURS or self.peers is None or name in self.peers) and line not in self.slow
 
     def pace(self, run: Run) -> dict:
+        """Rounds and seconds of a race: arguments of `timing.Race`."""
         if self.quick:
             return {"rounds": 3, "budget": 0.2}
         if run.curve:

@@ -15,7 +15,7 @@ def results(*races: dict, **facts) -> dict:
         "extension": "loaded",
         "python": "3.11.0",
         "versions": {"sslkernels": "0.1.0", "torch": "2.14.1", "lightly": "1.6.0", "timm": "not installed"},
-        "settings": {"device": "cpu", "quick": False, "curves": True, "cuda-graphs": False},
+        "settings": {"device": "cpu", "peers": None, "quick": False, "curves": True, "cuda-graphs": False},
     }
     return {
         "machine_info": {"sslkernels": machine | facts},
