@@ -79,9 +79,13 @@ def _peers(text: str) -> list[str]:
     for name in names:
         if name not in PEERS:
             raise argparse.ArgumentTypeError(f"no peer {name!r} (choose from none, {', '.join(PEERS)})")
-        if PEERS[name] and find_spec(MODULES.get(name, name)) is None:
+        if not _is_installed(name):
             raise argparse.ArgumentTypeError(f"{name} is not installed: pip install {PEERS[name]}")
     return names
+
+
+def _is_installed(peer: str) -> bool:
+    return not PEERS[peer] or find_spec(MODULES.get(peer, peer)) is not None
 
 
 def _positive(text: str) -> float:
@@ -98,6 +102,11 @@ def main(args: argparse.Namespace) -> int:
         return 2
     if args.compare:
         return _script("compare.py", *args.compare)
+    absent = [name for name in PEERS if not _is_installed(name)]
+    if absent and args.peers is None:
+        print(
+            f"not raced, since not installed: {', '.join(absent)} (pip install -e '.[bench]' brings them)", flush=True
+        )
     json = Path(args.json).resolve()
     status = subprocess.run(_command(args, json), cwd=BENCH.parent).returncode
     if status == 5:
