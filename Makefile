@@ -25,7 +25,7 @@ demo: build ## train SimCLR on the embedded digits and print the result
 test: build ## run the whole test suite
 	$(VENV_PYTHON) -m pytest -n $(JOBS) --dist loadfile
 
-bench: build .venv/.bench ## measure against eager, torch.compile and lightly: JSON and a table (DEVICE=cuda on a GPU)
+bench: build .venv/.bench ## measure against eager, torch.compile and peers: JSON, tables, figures (DEVICE=cuda on a GPU)
 	$(VENV_PYTHON) -m sslkernels bench --device $(DEVICE)
 
 docs: build ## build the documentation into build/site; a warning is an error

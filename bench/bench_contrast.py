@@ -6,14 +6,17 @@ import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 
+import measure
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import runs
 
 from sslkernels.registry import ops
 
 OPS = ("decoupled_nt_xent", "hard_nt_xent", "info_nce", "info_nce_queue", "clip_loss", "sup_con", "sigmoid_loss")
 SPECS = {spec.name: spec for spec in ops() if spec.name in OPS}
+RUNS = runs(SPECS)
 
 
 def peers(op: str) -> dict[str, Callable]:
@@ -78,10 +81,11 @@ def metric_learning(features, labels, temperature):
     return _made("pytorch_metric_learning.losses", "SupConLoss", temperature)(features, labels)
 
 
-CASES = [(op, case) for op, spec in SPECS.items() for case in spec.tagged("bench")]
+def entrants(run, device):
+    spec = SPECS[run.op]
+    return measure.entrants(spec, measure.of_run(spec, peers(run.op), run, device), run, device)
 
 
-@pytest.mark.parametrize("direction", ("forward", "forward+backward"))
-@pytest.mark.parametrize("op, case", CASES, ids=[f"{op}-{case.name}" for op, case in CASES])
-def test_contrast(op, case, direction, race):
-    race(SPECS[op], case, direction, peers(op))
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_contrast(run, race):
+    race(run, SPECS[run.op], peers(run.op))

@@ -6,9 +6,10 @@ import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 
-import measure
 import pytest
 import torch
+from runs import Run, runs
+from timing import seconds_of
 from torch import nn
 
 from sslkernels import ema_update_
@@ -16,6 +17,8 @@ from sslkernels.nn import EMATeacher
 from sslkernels.registry import ops
 
 SPEC = next(spec for spec in ops() if spec.name == "ema_update_")
+SPECS = {SPEC.name: SPEC}
+RUNS = runs(SPECS, ("update",))
 MOMENTUM = 0.996
 
 
@@ -63,30 +66,39 @@ def ours(teacher, student, **options):
     return functools.partial(ema_update_, teacher, student, MOMENTUM, **options)
 
 
+def with_copy(teacher, student):
+    return ours(teacher, student, bf16_copy=[torch.empty_like(tensor) for tensor in student])
+
+
 def teacher_module(teacher, student):
     follower, online = EMATeacher(Weights(teacher), MOMENTUM), Weights(student)
     return functools.partial(follower.update, online)
 
 
-def runs(case, device) -> dict[str, Callable]:
-    """What is timed, by name and dtype. Each has tensors of its own."""
+def entrants(run: Run, device: str) -> dict[str, Callable]:
+    """By label, what makes tensors for a contender and returns what is timed; of a curve those in fp32."""
 
-    def tensors(teacher_dtype, student_dtype):
-        return case.make(device, teacher_dtype)["teacher"], case.make(device, student_dtype)["student"]
+    def made(follow, teacher_dtype, student_dtype, **options):
+        teacher, student = (
+            run.case.make(device, teacher_dtype)["teacher"],
+            run.case.make(device, student_dtype)["student"],
+        )
+        return follow(teacher, student, **options)
 
     peers = {"lightly": lightly, "timm": timm, "ema_pytorch": ema_pytorch}
     peers = {"foreach": foreach, "swa_utils": swa_utils} | {n: peer for n, peer in peers.items() if find_spec(n)}
     fp32, bf16 = torch.float32, torch.bfloat16
-    made = {f"{name} fp32": peer(*tensors(fp32, fp32)) for name, peer in peers.items()}
-    made["ours fp32"] = ours(*tensors(fp32, fp32))
-    made["EMATeacher fp32"] = teacher_module(*tensors(fp32, fp32))
+    found = {f"{name} fp32": functools.partial(made, peer, fp32, fp32) for name, peer in peers.items()}
+    found["ours fp32"] = functools.partial(made, ours, fp32, fp32)
+    found["EMATeacher fp32"] = functools.partial(made, teacher_module, fp32, fp32)
+    if run.curve:
+        return found
     if "timm" in peers:
-        made["timm stochastic bf16"] = timm(*tensors(bf16, bf16))
-    made["ours stochastic bf16"] = ours(*tensors(bf16, bf16), stochastic_rounding_seed=1)
-    made["ours bf16"] = ours(*tensors(bf16, bf16))
-    copies = [torch.empty_like(tensor) for tensor in tensors(bf16, bf16)[0]]
-    made["ours fp32 from bf16 with copy"] = ours(*tensors(fp32, bf16), bf16_copy=copies)
-    return made
+        found["timm stochastic bf16"] = functools.partial(made, timm, bf16, bf16)
+    found["ours stochastic bf16"] = functools.partial(made, ours, bf16, bf16, stochastic_rounding_seed=1)
+    found["ours bf16"] = functools.partial(made, ours, bf16, bf16)
+    found["ours fp32 from bf16 with copy"] = functools.partial(made, with_copy, fp32, bf16)
+    return found
 
 
 def assert_right(case, device) -> None:
@@ -108,10 +120,10 @@ BYTES = {
 }
 
 
-@pytest.mark.parametrize("case", SPEC.tagged("bench"), ids=lambda case: case.name)
-def test_ema_update(case, race_calls, device):
-    assert_right(case, device)
-    elements = case.cost.bytes / 12
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_ema_update(run, race_calls, device):
+    assert_right(run.case, device)
+    elements = run.case.cost.bytes / 12
     traffic = {label: count * elements for label, count in BYTES.items()}
     peers = {
         "over foreach": ("foreach fp32", "ours fp32"),
@@ -122,7 +134,7 @@ def test_ema_update(case, race_calls, device):
         "EMATeacher over timm": ("timm fp32", "EMATeacher fp32"),
         "stochastic over timm": ("timm stochastic bf16", "ours stochastic bf16"),
     }
-    race_calls(SPEC, case, runs(case, device), {"lerp": lerp_rate(case, device)}, traffic, peers)
+    race_calls(run, entrants(run, device), {"lerp": lerp_rate(run.case, device)}, traffic, peers)
 
 
 def lerp_rate(case, device) -> Callable[[], float]:
@@ -130,7 +142,6 @@ def lerp_rate(case, device) -> Callable[[], float]:
     teacher, student = torch.randn(2, int(case.cost.bytes / 12), device=device)
 
     def rate():
-        seconds = measure.seconds_of(lambda: teacher.lerp_(student, 1 - MOMENTUM), 1, device)
-        return case.cost.bytes / seconds / 1e9
+        return case.cost.bytes / seconds_of(lambda: teacher.lerp_(student, 1 - MOMENTUM), 1, device) / 1e9
 
     return rate

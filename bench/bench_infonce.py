@@ -6,12 +6,15 @@ import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 
+import measure
 import pytest
+from runs import runs
 
 from sslkernels.registry import ops
 
 SPEC = next(spec for spec in ops() if spec.name == "nt_xent")
 SPECS = {"nt_xent": SPEC}
+RUNS = runs(SPECS)
 
 
 def peers(op: str = "nt_xent") -> dict[str, Callable]:
@@ -30,7 +33,10 @@ def _lightly_loss(temperature: float):
     return NTXentLoss(temperature)
 
 
-@pytest.mark.parametrize("direction", ("forward", "forward+backward"))
-@pytest.mark.parametrize("case", SPEC.tagged("bench"), ids=lambda case: case.name)
-def test_nt_xent(case, direction, race):
-    race(SPEC, case, direction, peers())
+def entrants(run, device):
+    return measure.entrants(SPEC, measure.of_run(SPEC, peers(), run, device), run, device)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_nt_xent(run, race):
+    race(run, SPEC, peers())

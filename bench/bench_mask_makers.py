@@ -10,10 +10,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from runs import Run, runs
 
+from sslkernels import ops
 from sslkernels.ops.patch_mask.mask_maker_cases import OPS
 
 SPECS = {spec.name: spec for spec in OPS}
+RUNS = runs(SPECS)
 
 
 class MaskingGenerator:
@@ -126,7 +129,8 @@ def peer(op: str, case, device: str) -> tuple[str, Callable[[], object]]:
     """What a user has instead, with the masks on the device as a training step needs them."""
     options = case.make("cpu", torch.float64)
     if op == "block_mask":
-        generator, counts = MaskingGenerator(16, max_num_patches=128), options["num_masked"].tolist()
+        generator = MaskingGenerator(options["grid_size"][0], max_num_patches=options["max_patches"])
+        counts = options["num_masked"].tolist()
         return "dinov2", lambda: torch.stack([torch.from_numpy(generator(count)) for count in counts]).to(device)
     if op == "multi_block_mask":
         collate = MaskCollator(options["grid_size"][0])
@@ -135,26 +139,27 @@ def peer(op: str, case, device: str) -> tuple[str, Callable[[], object]]:
     return "wav2vec", lambda: torch.from_numpy(wav2vec(*sizes, lengths)).to(device)
 
 
+def entrants(run: Run, device: str) -> dict[str, Callable]:
+    """By label, what makes the inputs of a contender and returns what is timed."""
+    name, theirs = peer(run.op, run.case, device)
+    function, options = getattr(ops, run.op), run.case.make(device, torch.float64)
+    return {
+        f"{name} fp32": lambda: theirs,
+        "eager fp32": lambda: functools.partial(function, **options, backend="reference"),
+        "ours fp32": lambda: functools.partial(function, **options),
+    }
+
+
 def assert_right(spec, case, device: str) -> None:
     """Ours are the masks of the definition."""
     options = case.make(device, torch.float64)
     torch.testing.assert_close(spec.function(**options), spec.reference(**options), rtol=0, atol=0)
 
 
-CASES = [(name, case) for name, spec in SPECS.items() for case in spec.tagged("bench")]
-
-
-@pytest.mark.parametrize("op, case", CASES, ids=lambda value: getattr(value, "name", value))
-def test_mask_makers(op, case, race_calls, device):
-    from sslkernels import ops
-
-    spec, function, options = SPECS[op], getattr(ops, op), case.make(device, torch.float64)
-    assert_right(spec, case, device)
-    name, theirs = peer(op, case, device)
-    runs = {
-        f"{name} fp32": theirs,
-        "eager fp32": functools.partial(function, **options, backend="reference"),
-        "ours fp32": functools.partial(function, **options),
-    }
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_mask_makers(run, race_calls, device):
+    assert_right(SPECS[run.op], run.case, device)
+    made = entrants(run, device)
+    name = next(iter(made)).split()[0]
     ratios = {f"over {name}": (f"{name} fp32", "ours fp32"), "over eager": ("eager fp32", "ours fp32")}
-    race_calls(spec, case, runs, {}, {"ours fp32": case.cost.bytes}, ratios)
+    race_calls(run, made, {}, {"ours fp32": run.case.cost.bytes}, ratios)

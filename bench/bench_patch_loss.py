@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import measure
 import pytest
 import torch
+from runs import runs
 
 from sslkernels.registry import ops
 
 SPEC = next(spec for spec in ops() if spec.name == "masked_patch_loss")
 SPECS = {SPEC.name: SPEC}
+RUNS = runs(SPECS)
 
 
 def peers(op: str = SPEC.name) -> dict[str, Callable]:
@@ -32,7 +35,10 @@ def mae(pred, images, mask, patch_size, norm_pix=True):
     return (loss * mask).sum() / mask.sum()
 
 
-@pytest.mark.parametrize("direction", ("forward", "forward+backward"))
-@pytest.mark.parametrize("case", SPEC.tagged("bench"), ids=lambda case: case.name)
-def test_masked_patch_loss(case, direction, race):
-    race(SPEC, case, direction, peers())
+def entrants(run, device):
+    return measure.entrants(SPEC, measure.of_run(SPEC, peers(), run, device), run, device)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_masked_patch_loss(run, race):
+    race(run, SPEC, peers())

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from masking_forms import mae_random_masking, mae_unshuffle
+from runs import runs
 
 import sslkernels
 from sslkernels.registry import ops
@@ -57,6 +58,16 @@ def our_indices(batch_size, num_patches, seed, device):
     return sslkernels.patch_mask(batch_size, num_patches, RATIO, seed=seed, device=device).ids_restore
 
 
+def mae_gathering(x, ids, num_prefix_tokens):
+    return x.gather(1, ids[..., None].repeat(1, 1, x.shape[2]))
+
+
+def lightly_gathering(x, ids, num_prefix_tokens):
+    from lightly.models.utils import get_at_index
+
+    return get_at_index(x, ids)
+
+
 def mae_restoring(x_kept, ids_restore, mask_token, pos_embed, num_prefix_tokens):
     return mae_unshuffle(x_kept, mask_token, ids_restore, pos_embed, num_prefix_tokens)
 
@@ -79,6 +90,7 @@ def _specs() -> dict:
     changes = {
         "random_masking": {"function": our_masking, "reference": mae_masking},
         "patch_mask": {"function": our_indices, "reference": mae_indices},
+        "gather_tokens": {"reference": mae_gathering},
         "restore_tokens": {"reference": mae_restoring},
         "masked_patch_embed": {"reference": embed_all, "grad_args": ("weight", "bias", "pos_embed")},
     }
@@ -86,6 +98,7 @@ def _specs() -> dict:
 
 
 SPECS = _specs()
+RUNS = runs(SPECS)
 
 
 def peers(op: str) -> dict[str, Callable]:
@@ -93,6 +106,7 @@ def peers(op: str) -> dict[str, Callable]:
     found = {
         "random_masking": {"timm": timm_masking, "lightly": lightly_masking},
         "patch_mask": {"lightly": lightly_indices},
+        "gather_tokens": {"lightly": lightly_gathering},
         "restore_tokens": {"lightly": lightly_restoring},
         "masked_patch_embed": {},
     }
@@ -120,15 +134,13 @@ def assert_permutations(spec, racers, case, device) -> None:
 
 
 CHECKS = {"random_masking": assert_masked, "patch_mask": assert_permutations}
-RUNS = [
-    (op, case, direction)
-    for op, spec in SPECS.items()
-    for case in spec.tagged("bench")
-    for direction in ("forward", "forward+backward")
-    if spec.grad_args or direction == "forward"
-]
 
 
-@pytest.mark.parametrize("op, case, direction", RUNS, ids=[f"{op}-{case.name}-{way}" for op, case, way in RUNS])
-def test_patch_mask(op, case, direction, race):
-    race(SPECS[op], case, direction, peers(op), CHECKS.get(op, measure.assert_correct))
+def entrants(run, device):
+    spec = SPECS[run.op]
+    return measure.entrants(spec, measure.of_run(spec, peers(run.op), run, device), run, device)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_patch_mask(run, race):
+    race(run, SPECS[run.op], peers(run.op), CHECKS.get(run.op, measure.assert_correct))

@@ -1,20 +1,32 @@
-"""``pytest bench``: races contenders and leaves what it measured in pytest-benchmark's JSON; see `measure`."""
+"""``pytest bench``: races contenders and leaves what it measured in pytest-benchmark's JSON; see `timing`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 
 import measure
 import pytest
 import torch
+from memory import peak_memory
+from rates import rates, roofline
+from runs import Run, chosen
+from settings import Settings
+from timing import Race, graphed
 
 import sslkernels
 from sslkernels import info
+from sslkernels.bench import PEERS
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="the smallest case, three rounds, nothing compiled")
+    parser.addoption("--quick", action="store_true", help="the smallest input of each op, three rounds, no compiler")
+    parser.addoption("--curves", action="store_true", help="the scaling curves too")
+    parser.addoption("--op", action="append", default=[], help="only this op")
+    parser.addoption("--peers", help="only these peers, separated by commas; empty for none")
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.addoption("--cuda-graphs", action="store_true", help="replay every contender as a CUDA graph")
+    parser.addoption("--seconds", type=float, default=2.0, help="for the samples of each contender of a race")
 
 
 def pytest_configure(config):
@@ -22,110 +34,124 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--quick"):
-        return
-    costs = {item: item.callspec.params["case"].cost for item in items}
-    sizes = {item: cost.flops + cost.bytes for item, cost in costs.items()}
-    smallest = {item.module: min(sizes[other] for other in items if other.module is item.module) for item in items}
-    items[:] = [item for item in items if sizes[item] == smallest[item.module]]
+    option = config.getoption
+    runs = {item: item.callspec.params["run"] for item in items}
+    kept = chosen(runs.values(), option("--op"), option("--quick"), option("--curves"))
+    items[:] = [item for item in items if runs[item] in kept]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
     facts = info.collect()
     facts["versions"] = {"sslkernels": sslkernels.__version__, "torch": torch.__version__}
-    for package in ("lightly", "open_clip_torch", "pytorch-metric-learning", "info-nce-pytorch", "timm", "triton"):
+    for package in (*filter(None, dict.fromkeys(PEERS.values())), "triton"):
         try:
             facts["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             facts["versions"][package] = "not installed"
+    options = ("device", "peers", "quick", "curves", "cuda-graphs")
+    facts["settings"] = {name: config.getoption(f"--{name}") for name in options}
     machine_info["sslkernels"] = facts
 
 
 @pytest.fixture(scope="session")
-def checked():
-    """The cases that are known to be right: one check serves both directions."""
-    return set()
+def settings(request):
+    option = request.config.getoption
+    peers = option("--peers")
+    return Settings(
+        option("--device"),
+        option("--quick"),
+        None if peers is None else peers.split(","),
+        option("--cuda-graphs"),
+        option("--seconds"),
+    )
 
 
 @pytest.fixture
-def race(request, benchmark, checked):
-    """Asserts that all contenders are right, races them, and writes times, memory, roofline and ratios."""
-    quick, device = request.config.getoption("--quick"), request.config.getoption("--device")
+def device(settings):
+    return settings.device
 
-    def run(spec, case, direction, peers, assert_correct=measure.assert_correct):
-        racers = measure.contenders(spec, peers, compiled=not quick)
-        if (spec.name, case.name) not in checked:
-            assert_correct(spec, racers, case, device)
-            checked.add((spec.name, case.name))
-        runs = {racer.label: measure.call(spec, racer, case, direction, device) for racer in racers}
-        rounds = 3 if quick else 15
-        started = measure.Race(runs, measure.rates(device), device, rounds, budget=0.2 if quick else 8.0)
+
+@pytest.fixture
+def hold(request, settings, benchmark):
+    """Races what entrants make, and writes times and memory; the caller adds what they mean."""
+
+    def hold(run: Run, entrants: dict[str, Callable], measured: dict[str, Callable]) -> tuple[dict, dict]:
+        calls = {label: make() for label, make in entrants.items() if settings.admits(run, label)}
+        replays = {label: graphed(call) for label, call in calls.items()} if settings.graphs else {}
+        calls |= {label: replay for label, replay in replays.items() if replay is not None}
+        started = Race(calls, measured, settings.device, **settings.pace(run))
+        benchmark.group = run.case.name
         # pytest-benchmark times ours once more in every round, after a sample of each contender
-        benchmark.group = case.name
-        benchmark.pedantic(runs["ours fp32"], setup=started.run_round, rounds=rounds)
-        times = {label: samples.summary() for label, samples in started.samples.items()}
-        if direction == "forward+backward":
-            for label in times:
-                if label == "ours fp32" or not (quick or times[label]["median"] > measure.SLOW_SECONDS):
-                    module = request.module.__name__
-                    times[label]["extra_mib"] = measure.peak_memory(module, spec.name, label, case.name, device)
+        benchmark.pedantic(calls["ours fp32"], setup=started.run_round, rounds=started.rounds)
+        times = started.times()
+        settings.note_slow(run, times)
+        for label, entry in times.items():
+            if settings.graphs:
+                entry["graph"] = replays[label] is not None
+            if run.whole and settings.weighs(label, entry):
+                entry["extra_mib"] = peak_memory(request.module.__name__, str(run), label, settings.device)
         benchmark.extra_info.update(
-            op=spec.name,
-            case=case.name,
-            direction=direction,
-            device=device,
-            contenders=times,
-            **summarise(
-                case, direction, times, {name: s.summary()["median"] for name, (_, s) in started.rates.items()}
-            ),
-        )
-
-    return run
-
-
-@pytest.fixture
-def device(request):
-    return request.config.getoption("--device")
-
-
-@pytest.fixture
-def race_calls(request, benchmark, device):
-    """Races calls that move memory: times, and the share of a bandwidth that was measured in turn with them."""
-    quick = request.config.getoption("--quick")
-
-    def run(spec, case, runs, rates, traffic, peers):
-        """``traffic``: bytes that a call must move; ``peers``: names of ratios, and whose times they divide."""
-        rounds = 3 if quick else 21
-        rates = rates | {"copy": measure.rates(device)["copy"]}
-        started = measure.Race(runs, rates, device, rounds, budget=0.2 if quick else 6.0)
-        benchmark.group = case.name
-        benchmark.pedantic(runs["ours fp32"], setup=started.run_round, rounds=rounds)
-        times = {label: samples.summary() for label, samples in started.samples.items()}
-        medians = {name: samples.summary()["median"] for name, (_, samples) in started.rates.items()}
-        seconds = {label: entry["median"] for label, entry in times.items()}
-        ratios = {name: seconds[a] / seconds[b] for name, (a, b) in peers.items() if a in seconds}
-        bandwidth = next(iter(medians.values())) * 1e9
-        ratios |= {f"bandwidth {label}": count / bandwidth / seconds[label] for label, count in traffic.items()}
-        benchmark.extra_info.update(
-            op=spec.name, case=case.name, direction="update", device=device, contenders=times, rates=medians,
-            roofline={}, ratios=ratios,
+            op=run.op, case=run.case.name, direction=run.direction, whole=run.whole, device=settings.device,
+            contenders=times, rates=started.rate_medians(),
+            curve=run.curve and {"size": run.curve.size, "rest": run.curve.rest, "value": run.value},
         )  # fmt: skip
+        return {label: entry["median"] for label, entry in times.items()}, started.rate_medians()
 
-    return run
+    return hold
 
 
-def summarise(case, direction, times, rates) -> dict:
+@pytest.fixture
+def race(settings, benchmark, hold):
+    """Asserts that all contenders are right, races them, and writes rooflines and ratios."""
+
+    def run_race(run, spec, peers, assert_correct=measure.assert_correct):
+        peers = {name: peer for name, peer in peers.items() if settings.admits(run, f"{name} fp32")}
+        racers = measure.of_run(spec, peers, run, settings.device, compiled=not settings.quick)
+        # of a curve the smallest point, which comes first
+        checked = (spec.name, run.curve.size if run.curve else run.case.name)
+        torch._dynamo.reset()  # which compiles eight shapes of a function and runs the ninth uncompiled
+        if checked not in settings.checked:
+            assert_correct(spec, racers, run.case, settings.device)
+            settings.checked.add(checked)
+        entrants = measure.entrants(spec, racers, run, settings.device)
+        dtypes = ("fp32",) if run.curve else measure.DTYPES
+        measured = rates(settings.device, dtypes, product=not (run.curve or settings.quick))
+        seconds, found = hold(run, entrants, measured)
+        benchmark.extra_info.update(summarise(run, seconds, found, settings.device))
+
+    return run_race
+
+
+@pytest.fixture
+def race_calls(settings, benchmark, hold):
+    """Races calls that move memory: the share of a bandwidth that was measured in turn with them."""
+
+    def run_race(run, entrants, measured, traffic, peers):
+        """``traffic``: bytes that a call must move; ``peers``: names of ratios, and whose times they divide."""
+        measured = measured | {"copy": rates(settings.device, (), product=False)["copy"]}
+        seconds, found = hold(run, entrants, measured)
+        bandwidth = next(iter(found.values())) * 1e9
+        ratios = {name: seconds[a] / seconds[b] for name, (a, b) in peers.items() if a in seconds and b in seconds}
+        shares = {label: count / bandwidth for label, count in traffic.items() if label in seconds}
+        ratios |= {f"bandwidth {label}": least / seconds[label] for label, least in shares.items()}
+        benchmark.extra_info.update(roofline={}, least_seconds=shares["ours fp32"], ratios=ratios)
+
+    return run_race
+
+
+def summarise(run: Run, seconds: dict[str, float], found: dict[str, float], device: str) -> dict:
     """Rooflines in seconds, and ratios: how many times ours is faster, and the share of the roofline it reaches."""
-    seconds = {label: entry["median"] for label, entry in times.items()}
-    rooflines = {dtype: measure.roofline(case.cost, direction, dtype, rates) for dtype in measure.DTYPES}
+    dtypes = [dtype for dtype in measure.DTYPES if f"ours {dtype}" in seconds]
+    rooflines = {dtype: roofline(run.case.cost, run.direction, dtype, found, device) for dtype in dtypes}
     ratios = {
         f"over {label}": seconds[label] / seconds[f"ours {label.split()[-1]}"]
         for label in seconds
         if not label.startswith("ours")
     }
-    ratios["bf16 over fp32"] = seconds["ours fp32"] / seconds["ours bf16"]
+    if "bf16" in dtypes:
+        ratios["bf16 over fp32"] = seconds["ours fp32"] / seconds["ours bf16"]
     for dtype, bound in rooflines.items():
         if bound is not None:
             ratios[f"share of roofline {dtype}"] = bound / seconds[f"ours {dtype}"]
-    return {"rates": rates, "roofline": rooflines, "ratios": ratios}
+    return {"roofline": rooflines, "least_seconds": rooflines["fp32"], "ratios": ratios}

@@ -1,158 +1,141 @@
-"""Markdown of what ``pytest bench --benchmark-json FILE`` measured: ``python bench/report.py FILE``."""
+"""A page and figures of what was measured: ``python bench/report.py FILE [--docs DIR]``.
+
+They lie beside FILE, or with ``--docs`` where the documentation has them.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 from pathlib import Path
 
-RATIOS = {  # after those over each contender in fp32
-    "of roofline": "share of roofline fp32",
-    "bf16 × fp32": "bf16 over fp32",
-    "bf16 × eager": "over eager bf16",
-    "bf16 of roofline": "share of roofline bf16",
-}
-ABSENT = "–"
+import figures
+import overview
+import results
+from tables import HOW_TO_READ, curve_table, disturbances, ratios_table, table, times_table
+
+INSTRUCTIONS = {"avx512": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16"}  # by name of the kernels made for them
 
 
-def report(results: dict) -> str:
-    races = [benchmark["extra_info"] for benchmark in results["benchmarks"]]
-    return "\n\n".join(
-        [
-            "# Benchmarks",
-            _machine(results),
-            "## Times\n\nMilliseconds: median [quartiles]. Extra memory: MiB at the peak of a forward and backward, "
-            "gradients included.\n\n" + _table(*_times(races)),
-            *(_ratios_of(op, [race for race in races if race["op"] == op]) for op in _ops(races)),
-            "## Rates of this machine\n\nMeasured in turn with the times above: GFLOP/s of multiply-adds (fma) and of "
-            "torch.mm, billions of exponentials a second, GB/s of a copy and of a lerp_.\n\n" + _table(*_rates(races)),
-            _disturbances(races),
-        ]
-    )
+def page(found: dict, drawn: dict[str, str]) -> str:
+    """Markdown; ``drawn``: by op (and "overview") the address of its figure."""
+    races = results.races(found)
+    blocks = [
+        "# Benchmarks",
+        f"What `{_command(found)}` measured.\n\n{_machine(found)}\n\n{HOW_TO_READ}",
+        "## What was not measured\n\n" + "\n".join(f"- {line}" for line in unmeasured(found)),
+    ]
+    if "overview" in drawn:
+        blocks.append(f"## At a glance\n\n![Times of others in units of ours, by op]({drawn['overview']})")
+    for op, own in results.by_op(races).items():
+        blocks.append(f"## {op}")
+        if op in drawn:
+            blocks.append(f"![Time and memory of {op} as its inputs grow]({drawn[op]})")
+        blocks += [ratios_table(own), *(curve_table(points) for points in results.curves(own).values())]
+    blocks += [
+        "## All times\n\nMilliseconds: median [quartiles]. Memory in MiB.",
+        times_table(results.of_inputs(races)),
+        "## Rates of this machine\n\nMeasured in turn with the times above, medians over all races: GFLOP/s of "
+        "multiply-adds on registers (fma) and of torch.mm, billions of exponentials a second, GB/s of a copy and of a "
+        "lerp_.",
+        _rates(races),
+        disturbances(races),
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def _machine(results: dict) -> str:
-    facts = results["machine_info"]["sslkernels"]
-    commit = results["commit_info"]
+def _command(found: dict) -> str:
+    settings = found["machine_info"]["sslkernels"]["settings"]
+    flags = [f"--{name}" for name in ("quick", "curves", "cuda-graphs") if settings[name]]
+    device = ["--device cuda"] if settings["device"] == "cuda" else []
+    peers = [] if settings["peers"] is None else [f"--peers {settings['peers'] or 'none'}"]
+    return " ".join(["sslkernels bench", *device, *peers, *flags])
+
+
+def _machine(found: dict) -> str:
+    facts, commit = found["machine_info"]["sslkernels"], found["commit_info"]
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
-    return "\n".join(
-        [
-            f"- processor: {facts['processor']}, {facts['threads']} threads; instruction set {facts['isa']}",
-            f"- CUDA: {facts['cuda']}",
-            f"- versions: Python {facts['python']}, {versions}",
-            f"- commit: {commit.get('id', 'unknown')}{' with local changes' if commit.get('dirty') else ''}",
-            f"- date: {results['datetime'][:10]}",
-        ]
-    )
-
-
-def _times(races: list[dict]) -> tuple[list[str], list[list[str]]]:
-    columns = ["op", "case", "direction", "contender", "ms", "extra MiB", "samples"]
-    rows = []
-    for race in races:
-        for label, entry in race["contenders"].items():
-            low, high = (1e3 * value for value in entry["quartiles"])
-            rows.append(
-                [
-                    race["op"],
-                    race["case"],
-                    race["direction"],
-                    label,
-                    f"{_significant(1e3 * entry['median'])} [{_significant(low)}, {_significant(high)}]",
-                    _number(entry.get("extra_mib"), "{:.1f}"),
-                    str(entry["samples"] or entry["disturbed"]),
-                ]
-            )
-        for dtype, seconds in race["roofline"].items():
-            milliseconds = ABSENT if seconds is None else _significant(1e3 * seconds)
-            rows.append(
-                [race["op"], race["case"], race["direction"], f"roofline {dtype}", milliseconds, ABSENT, ABSENT]
-            )
-    return columns, rows
-
-
-def _ops(races: list[dict]) -> list[str]:
-    return list(dict.fromkeys(race["op"] for race in races))
-
-
-def _ratios_of(op: str, races: list[dict]) -> str:
-    """Ops of arithmetic have a roofline of flops; those that move memory name their ratios themselves."""
-    if any("share of roofline fp32" in race["ratios"] or race["roofline"] for race in races):
-        return (
-            f"## Ratios of {op}\n\nHow many times faster ours is in fp32, and the share that it reaches of the "
-            "roofline: the op's arithmetic at the rate of a multiply-add loop on registers, plus its exponentials, or "
-            "the bytes it must move at the rate of a copy, whichever takes longer.\n\n" + _table(*_ratios(races))
-        )
-    names = list(dict.fromkeys(name for race in races for name in race["ratios"]))
-    rows = [
-        [
-            race["case"],
-            *(_number(race["ratios"].get(name), "{:.0%}" if "bandwidth" in name else "{:.2f}") for name in names),
-        ]
-        for race in races
+    lines = [
+        f"processor: {facts['processor']}, {facts['threads']} threads; instruction set {facts['isa']}",
+        f"CUDA: {facts['cuda']}",
+        f"versions: Python {facts['python']}, {versions}",
+        f"commit: {commit.get('id', 'unknown')}{' with local changes' if commit.get('dirty') else ''}",
+        f"date: {found['datetime'][:10]}",
     ]
-    return (
-        f"## Ratios of {op}\n\nHow many times faster ours is, and the share that it reaches of the bandwidth: the "
-        "bytes it must move at the rate of one large lerp_ of the same run.\n\n" + _table(["case", *names], rows)
-    )
+    return "\n".join(f"- {line}" for line in lines)
 
 
-def _ratios(races: list[dict]) -> tuple[list[str], list[list[str]]]:
-    peers = dict.fromkeys(name for race in races for name in race["ratios"] if name.startswith("over "))
-    titles = {f"× {name[5:-5]}": name for name in peers if name.endswith(" fp32")} | RATIOS
-    columns = ["op", "case", "direction", *titles, "extra MiB", "bf16 extra MiB"]
+def unmeasured(found: dict) -> list[str]:
+    """What a reader could take for measured, each with the reason."""
+    facts = found["machine_info"]["sslkernels"]
+    on_cpu, settings = facts["settings"]["device"] == "cpu", facts["settings"]
+    lines = []
+    if settings["quick"]:
+        lines.append("Anything to rely on: this was a quick run, of three rounds and without torch.compile.")
+    if on_cpu:
+        lines.append("Any GPU. The speed of the Triton and CUDA kernels is unknown.")
+        lacking = [name for isa, name in INSTRUCTIONS.items() if isa not in facts["isa"]]
+        lines += [f"The kernels for {name}, which this processor lacks." for name in lacking]
+        lines.append("Processors other than this one, aarch64 among them.")
+        if "avx512_bf16" not in facts["isa"]:
+            lines.append("Large inputs in bfloat16, which this processor has to emulate.")
+    else:
+        lines.append("The exponentials' share of the roofline: it is torch.mm's rate, or that of a copy.")
+    absent = [package for package, version in facts["versions"].items() if version == "not installed"]
+    if absent:
+        lines.append(f"Against packages that are not installed: {', '.join(absent)}.")
+    if settings["curves"]:
+        lines.append("torch.compile and bfloat16 on the scaling curves.")
+    entries = [pair for race in results.races(found) for pair in race["contenders"].items()]
+    ungraphed = {label for label, entry in entries if entry.get("graph") is False}
+    if ungraphed:
+        lines.append(f"As CUDA graphs, since they cannot be recorded: {', '.join(sorted(ungraphed))}.")
+    return lines
+
+
+def _rates(races: list[dict]) -> str:
+    names = dict.fromkeys(name for race in races for name in race["rates"])
     rows = []
-    for race in races:
-        formats = ("{:.0%}" if "roofline" in title else "{:.2f}" for title in titles)
-        ratios = [_number(race["ratios"].get(key), form) for key, form in zip(titles.values(), formats, strict=True)]
-        memory = [_number(race["contenders"][f"ours {t}"].get("extra_mib"), "{:.1f}") for t in ("fp32", "bf16")]
-        rows.append([race["op"], race["case"], race["direction"], *ratios, *memory])
-    return columns, rows
+    for name in names:
+        values = sorted(race["rates"][name] / (1e9 if name == "exp" else 1) for race in races if name in race["rates"])
+        rows.append([name, *(f"{value:.1f}" for value in (values[len(values) // 2], values[0], values[-1]))])
+    return table(["rate", "median", "lowest", "highest"], rows)
 
 
-def _rates(races: list[dict]) -> tuple[list[str], list[list[str]]]:
-    names = list(dict.fromkeys(name for race in races for name in race["rates"]))
-    rows = [
-        [
-            race["case"],
-            race["direction"],
-            *(_number(_in_giga(name, race["rates"].get(name)), "{:.1f}") for name in names),
-        ]
-        for race in races
-    ]
-    return ["case", "direction", *names], rows
+def write(found: dict, markdown: Path, folder: Path) -> list[Path]:
+    """The figures and then the page that shows them; which figures."""
+    folder.mkdir(exist_ok=True)
+    races, address = results.races(found), folder.relative_to(markdown.parent).as_posix()
+    drawn = {"overview": f"{address}/overview.svg"}
+    overview.draw(races, folder / "overview.svg")
+    for op, own in results.by_op(races).items():
+        if figures.draw(op, own, folder / f"{op}.svg"):
+            drawn[op] = f"{address}/{op}.svg"
+    markdown.write_text(page(found, drawn), encoding="utf-8")
+    return [folder / Path(name).name for name in drawn.values()]
 
 
-def _in_giga(name: str, rate: float | None) -> float | None:
-    return rate and rate / (1e9 if name == "exp" else 1)
-
-
-def _disturbances(races: list[dict]) -> str:
-    """How far other processes were in the way: a median of disturbed samples must not pass for a measurement."""
-    entries = [(race, label, entry) for race in races for label, entry in race["contenders"].items()]
-    discarded = sum(entry["disturbed"] for _, _, entry in entries)
-    kept = sum(entry["samples"] for _, _, entry in entries)
-    lines = [f"Of {kept + discarded} samples {discarded} were disturbed: their threads waited for a core."]
-    never = [f"{race['case']} {race['direction']} {label}" for race, label, entry in entries if not entry["samples"]]
-    if never:
-        lines.append(f"**No undisturbed sample, so do not rely on the figures of:** {', '.join(never)}.")
-    return " ".join(lines)
-
-
-def _significant(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return ABSENT if value is None else form.format(value)
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--docs", type=Path, metavar="DIR")
+    args = parser.parse_args(arguments)
+    try:
+        found = results.load(args.file)
+    except results.ResultsError as error:
+        print(f"sslkernels bench: {error}", file=sys.stderr)
+        return 2
+    if args.docs:
+        markdown, folder = args.docs / "benchmarks.md", args.docs / "figures"
+    else:
+        markdown, folder = args.file.with_suffix(".md"), args.file.with_name(f"{args.file.stem}-figures")
+    drawn = write(found, markdown, folder)
+    for op, own in results.by_op(results.races(found)).items():
+        print(f"\n{op}\n{ratios_table(own)}")
+    print(f"\nresults  {args.file}\npage     {markdown}")
+    print("\n".join(f"figure   {path}" for path in drawn))
+    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python bench/report.py FILE")
-    print(report(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    sys.exit(main(sys.argv[1:]))

@@ -5,17 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import pkgutil
-import subprocess
 import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-import torch
 
 import sslkernels
-from sslkernels import info, verify
-
-BENCH = Path(sslkernels.__file__).parents[1] / "bench"
+from sslkernels import bench, info, verify
 
 
 class Formatter(argparse.HelpFormatter):
@@ -53,42 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary, module in (
         ("info", "what is installed here and what serves every op", info),
         ("verify", "check every op against its definition on this machine", verify),
+        ("bench", "measure against eager, torch.compile and peers (source checkout only)", bench),
     ):
         command = commands.add_parser(name, help=summary)
         module.add_arguments(command)
         command.set_defaults(run=module.main)
-    bench = commands.add_parser("bench", help="measure against eager, torch.compile and peers (source checkout only)")
-    bench.add_argument("--quick", action="store_true", help="small inputs and few rounds: seconds, not minutes")
-    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    bench.add_argument("--json", metavar="FILE", default="benchmark.json", help="results (default: %(default)s)")
-    bench.add_argument("-k", metavar="EXPRESSION", help="only the matching benchmarks, as pytest -k")
-    bench.set_defaults(run=_bench)
     train = commands.add_parser("train", help="train a method with the fused ops")
     train.add_argument("method", metavar="METHOD", choices=_methods(), help=f"one of: {', '.join(_methods())}")
     return parser
-
-
-def _bench(args: argparse.Namespace) -> int:
-    if not (BENCH / "conftest.py").exists():
-        return _fail("bench", f"the benchmarks are not installed; run it from a source checkout (no {BENCH})")
-    for package in ("pytest", "pytest_benchmark"):
-        if find_spec(package) is None:
-            return _fail("bench", f"the package {package} is missing: pip install 'sslkernels[bench]'")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        return _fail("bench", "torch sees no CUDA device")
-    json = Path(args.json).resolve()
-    table = json.with_suffix(".md")
-    command = [sys.executable, "-m", "pytest", str(BENCH), "-q", "--benchmark-json", str(json), "--benchmark-quiet"]
-    command += [f"--device={args.device}"] + ["--quick"] * args.quick + (["-k", args.k] if args.k else [])
-    status = subprocess.run(command, cwd=BENCH.parent).returncode
-    if status == 0:
-        report = subprocess.run(
-            [sys.executable, str(BENCH / "report.py"), str(json)], stdout=subprocess.PIPE, text=True
-        )
-        status = report.returncode
-        table.write_text(report.stdout, encoding="utf-8")
-        print(f"{report.stdout}\nwritten to {json} and {table}")
-    return status
 
 
 def _methods() -> list[str]:

@@ -7,7 +7,7 @@ ahead-of-time proofs all read that description, so an op joins all of them by ad
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,24 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Inputs that differ in one size: how time and memory grow with it. The first curve of an op is its main one.
+
+    ``size`` is the letter that docstrings use for it, N, D, K or L (P and T: the parameters and tensors of a model),
+    and ``points`` are its values in ascending order, each with its input. ``rest`` says what the other sizes are.
+    """
+
+    size: str
+    rest: str
+    points: tuple[tuple[int, Case], ...]
+
+
+def curve(size: str, rest: str, values: Iterable[int], make: Callable[[str, int], Case]) -> Curve:
+    """The curve of the inputs ``make(name, value)``."""
+    return Curve(size, rest, tuple((value, make(f"{size}{value}", value)) for value in values))
+
+
+@dataclass(frozen=True)
 class OpSpec:
     """One public op. ``reference`` takes the same arguments as ``function`` and computes in the dtype it is given.
 
@@ -75,3 +93,12 @@ def ops() -> Iterator[OpSpec]:
     """Every op of every slice."""
     for name in SLICES:
         yield from importlib.import_module(f"sslkernels.ops.{name}.cases").OPS
+
+
+def curves(op: str) -> tuple[Curve, ...]:
+    """The scaling curves of an op, which its slice has in ``ops/<slice>/curves.py``."""
+    for name in SLICES:
+        found = importlib.import_module(f"sslkernels.ops.{name}.curves").CURVES
+        if op in found:
+            return found[op]
+    return ()

@@ -15,7 +15,7 @@ import torch
 
 import sslkernels
 import sslkernels.trainers
-from sslkernels import Backend, _library, cli, info
+from sslkernels import Backend, _library, bench, cli, info
 from sslkernels._files import output_file
 
 
@@ -184,6 +184,10 @@ def test_runs_as_a_module(monkeypatch, capsys):
         (("verify", "--dtype", "int8"), "'int8'"),
         (("verify", "--device", "tpu"), "'tpu'"),
         (("bench", "--device", "tpu"), "'tpu'"),
+        (("bench", "--op", "nt_zent"), "'nt_zent'"),
+        (("bench", "--peers", "lightly,solo"), "no peer 'solo'"),
+        (("bench", "--seconds", "0"), "must be positive, got 0"),
+        (("bench", "--compare", "one.json"), "--compare"),
         (("train",), "METHOD"),
         (("train", "nothing"), "no method 'nothing'"),
         (("info", "more"), "more"),
@@ -209,19 +213,72 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(monkeypatch, tmp_
 
 
 def test_bench_needs_a_source_checkout(fails, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "BENCH", tmp_path)
+    monkeypatch.setattr(bench, "BENCH", tmp_path)
     assert "run it from a source checkout" in fails("bench")
 
 
 def test_bench_names_the_extra_that_is_missing(fails, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
-    assert "pip install 'sslkernels[bench]'" in fails("bench")
+    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "matplotlib" else True)
+    line = fails("bench")
+    assert "matplotlib not installed" in line and "pip install 'sslkernels[bench]'" in line
 
 
 def test_bench_on_a_missing_device(fails, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: True)
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no CUDA device" in fails("bench", "--device", "cuda")
+
+
+def test_bench_names_a_peer_that_is_missing(fails, monkeypatch):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    assert "info_nce_pytorch is not installed: pip install info-nce-pytorch" in fails(
+        "bench", "--peers", "info_nce_pytorch"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    (
+        (("--cuda-graphs",), "--cuda-graphs needs --device cuda"),
+        (("--docs", "no/such/folder"), "no directory no/such/folder"),
+    ),
+)
+def test_bench_refuses_what_makes_no_sense(fails, monkeypatch, arguments, expected):
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    assert expected in fails("bench", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    (
+        ((), {"--device=cpu", "--seconds=2.0"}),
+        (("--op", "info_nce", "--op", "ema"), {"--op=info_nce", "--op=info_nce_queue", "--op=ema_update_"}),
+        (("--peers", "none", "--quick", "-k", "a or b"), {"--peers=", "--quick", "-k", "a or b"}),
+        (("--docs", "."), {"--curves"}),
+    ),
+)
+def test_bench_hands_its_arguments_to_pytest(monkeypatch, tmp_path, arguments, expected):
+    calls = []
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    monkeypatch.setattr(
+        bench.subprocess, "run", lambda command, **_: calls.append(command) or argparse.Namespace(returncode=0)
+    )
+    file = tmp_path / "results.json"
+    assert cli.main(["bench", "--json", str(file), *arguments]) == 0
+    races, report = calls
+    assert expected <= set(races) and str(file) in races
+    assert report[1:3] == [str(bench.BENCH / "report.py"), str(file)]
+    assert report[3:] == (list(arguments) if "--docs" in arguments else [])
+
+
+def test_bench_makes_no_table_of_a_race_that_failed(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(bench, "find_spec", lambda name: True)
+    monkeypatch.setattr(
+        bench.subprocess, "run", lambda command, **_: calls.append(command) or argparse.Namespace(returncode=1)
+    )
+    assert cli.main(["bench"]) == 1
+    assert len(calls) == 1 and "no table was made" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """What mkdocs does to a page of `docs` besides: API text from docstrings, links into the repository, equations.
 
 A line ``::: sslkernels.nt_xent`` becomes that object's signature and docstring, ``::: costs nt_xent`` the table of what
-its inputs need at the least, and ``::: figure nt_xent`` the figure ``docs/figures/nt_xent.svg``, once there is one.
+its inputs need at the least, and ``::: figure nt_xent`` the figure ``docs/figures/nt_xent.svg``, once there is one. So
+it is with the page ``benchmarks.md``: ``sslkernels bench --docs`` writes both.
 Files of the repository that pages link to are shown as pages if `INCLUDED` has them, else only named.
 """
 
@@ -29,7 +30,11 @@ INCLUDED = {
 BESIDE_FUNCTION = re.compile(
     "(?<=</mi>)(?=<mi>(?:exp|log|cos)</mi>)|(?<=<mi>(?:exp|log|cos)</mi>)(?=<m(?:frac|sub|i|under)>)"
 )
-NO_FIGURE = "There is no figure yet. `sslkernels bench` measures it on your machine."
+NO_FIGURE = "There is no figure yet. `sslkernels bench --curves --op {name}` draws it for your machine."
+BENCHMARKS = "benchmarks.md"
+NOT_MEASURED = (
+    "# Benchmarks\n\nNothing has been measured for this page yet. `sslkernels bench --docs` does so, and writes it.\n"
+)
 
 _homes: dict[str, str] = {}  # public name: page that has it
 
@@ -37,6 +42,8 @@ _homes: dict[str, str] = {}  # public name: page that has it
 def on_files(files, config):
     for source, page in INCLUDED.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    if files.get_file_from_path(BENCHMARKS) is None:
+        files.append(File.generated(config, BENCHMARKS, content=NOT_MEASURED))
     _homes.clear()
     for file in files.documentation_pages():
         for kind, name in DIRECTIVE.findall(file.content_string):
@@ -56,7 +63,9 @@ def on_page_markdown(markdown, page, config, files):
         kind, name = match.groups()
         if kind == "figure":
             exists = (Path(config.docs_dir) / "figures" / f"{name}.svg").exists()
-            return f"![Time and memory of {name}]({_relative(f'figures/{name}.svg', here)})" if exists else NO_FIGURE
+            if not exists:
+                return NO_FIGURE.format(name=name)
+            return f"![Time and memory of {name}]({_relative(f'figures/{name}.svg', here)}){{ loading=lazy }}"
         try:
             return api.costs(name) if kind else api.render(name, link)
         except (AttributeError, ImportError, ValueError) as error:
