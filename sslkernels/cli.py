@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -21,7 +22,7 @@ BENCH = Path(sslkernels.__file__).parents[1] / "bench"
 class Parser(argparse.ArgumentParser):
     """Ends on a mistake with one line instead of the whole usage."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the arguments)\n")
 
 

@@ -69,7 +69,7 @@ def verify(
             report = backends()[spec.name][device]
             absent += [f"{spec.name} on {device}: {missing}: {why}" for missing, why in report.absent.items()]
             # the active one is called as users call it, without a name; without kernels that is the operators' fallback
-            available = {"fallback" if report.active == "reference" else report.active: None}
+            available: dict[str, str | None] = {"fallback" if report.active == "reference" else report.active: None}
             available |= {name: name for name in (*report.besides, "reference")}
             chosen = {label: key for label, key in available.items() if backend in (None, label)}
             if not chosen:
