@@ -10,6 +10,8 @@ import torch
 
 from sslkernels.ops import block_mask
 
+__all__ = ["MaskingGenerator", "collate_data_and_cast", "collate_masks"]
+
 
 class MaskingGenerator:
     """In place of the class of that name: rectangles by `sslkernels.block_mask`, for a sample or for a batch.
