@@ -41,9 +41,10 @@ cuda-report: build ## read the CUDA kernels' machine code and rewrite their tabl
 sanitize: .venv/.installed ## run the C++ tests under AddressSanitizer + UBSan and under ThreadSanitizer
 	$(VENV_PYTHON) setup.py -q sanitize
 
-lint: .venv/.installed ## check style: ruff and clang-format
+lint: .venv/.installed ## check style and types: ruff, mypy and clang-format
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -m mypy --no-error-summary
 	.venv/bin/clang-format --dry-run -Werror $(CPP)
 
 format: .venv/.installed ## rewrite the sources in that style
@@ -59,7 +60,7 @@ build: .venv/.installed ## bring the compiled extension up to date
 	@$(VENV_PYTHON) setup.py -q build_ext --inplace
 
 clean: ## remove what was built; .venv stays
-	rm -rf build dist sslkernels.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist sslkernels.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f sslkernels/_C.*.so
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
 

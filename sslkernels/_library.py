@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 
+extension: ModuleType | None
 try:
     extension = importlib.import_module("sslkernels._C")  # its static initialisers register every C++ kernel
     extension_error = ""

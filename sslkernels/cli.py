@@ -6,6 +6,7 @@ import argparse
 import importlib
 import pkgutil
 import sys
+from typing import Any, NoReturn
 
 import sslkernels
 from sslkernels import bench, info, verify
@@ -24,10 +25,10 @@ class Formatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """Ends on a mistake with one line instead of the whole usage; takes options by their full names alone."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{"formatter_class": Formatter, "allow_abbrev": False, **options})
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help lists the arguments)\n")
 
 

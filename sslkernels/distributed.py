@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ __all__ = ["gather", "world"]
 
 EXCHANGES = ("gather", "ring")
 MESSAGE = 512  # bytes in which a rank describes its arguments
-Bundle = tuple["torch.Tensor | None", ...]
+Bundle = tuple[Any, ...]  # of tensors, or None in the place of one
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def world() -> dist.ProcessGroup | None:
     return dist.group.WORLD if together else None
 
 
-def check_exchange(op: str, group, exchange: str) -> None:
+def check_exchange(op: str, group: object, exchange: str) -> None:
     if exchange not in EXCHANGES:
         raise ValueError(f"{op}: exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {exchange!r}")
     if group is None:
@@ -72,7 +73,12 @@ def check_exchange(op: str, group, exchange: str) -> None:
 
 
 def meet(
-    op: str, group, exchange: str, rows: tuple[int, ...], tensors: dict[str, torch.Tensor], **options: object
+    op: str,
+    group: dist.ProcessGroup | None,
+    exchange: str,
+    rows: tuple[int, ...],
+    tensors: dict[str, torch.Tensor],
+    **options: object,
 ) -> Peers | None:
     """Tell the ranks of ``group`` how many queries and keys this one has; None where it is alone.
 
@@ -83,7 +89,9 @@ def meet(
 
 
 @torch.compiler.disable
-def _meet(op: str, group, exchange: str, rows: tuple[int, ...], tensors: dict, options: dict) -> Peers | None:
+def _meet(
+    op: str, group: dist.ProcessGroup, exchange: str, rows: tuple[int, ...], tensors: dict, options: dict
+) -> Peers | None:
     if group.size() == 1:
         return None
     described = {"exchange": exchange, **options}
@@ -96,12 +104,12 @@ def _meet(op: str, group, exchange: str, rows: tuple[int, ...], tensors: dict, o
     own = torch.tensor([*rows, *message[:MESSAGE].ljust(MESSAGE)], device=device)
     every = own.new_empty(group.size() * len(own))
     _all_gather(every, own, group)
-    every = every.view(-1, len(own)).tolist()
-    said = [bytes(numbers[len(rows) :]).decode(errors="replace").strip() for numbers in every]
+    messages = every.view(-1, len(own)).tolist()
+    said = [bytes(numbers[len(rows) :]).decode(errors="replace").strip() for numbers in messages]
     for rank, other in enumerate(said):
         if other != said[0]:
             raise ValueError(f"{op}: all ranks must pass the like; rank 0 passed [{said[0]}], rank {rank} [{other}]")
-    counts = zip(*(numbers[: len(rows)] for numbers in every), strict=True)
+    counts = zip(*(numbers[: len(rows)] for numbers in messages), strict=True)
     return Peers(group, group.rank(), group.size(), exchange, tuple(counts))
 
 
@@ -142,14 +150,14 @@ def to_owners(x: torch.Tensor, rows: torch.Tensor, peers: Peers, counts: tuple[i
 
 
 @torch.compiler.disable
-def apply(function: type[torch.autograd.Function], *args):
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply``, outside of every graph."""
     return function.apply(*args)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, peers, counts):
+    def forward(ctx: Any, x: torch.Tensor, peers: Peers, counts: tuple[int, ...]) -> torch.Tensor:
         ctx.peers, ctx.counts = peers, counts
         widest = max(counts)
         every = x.new_empty(peers.size * widest, *x.shape[1:])
@@ -160,7 +168,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         widest = max(ctx.counts)
         if min(ctx.counts) < widest:
             grad = torch.cat([_padded(part, widest) for part in grad.split(ctx.counts)])
@@ -171,19 +179,19 @@ class _Gather(torch.autograd.Function):
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, peers):
+    def forward(ctx: Any, x: torch.Tensor, peers: Peers) -> torch.Tensor:
         ctx.peers = peers
         return _summed(x, peers)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _summed(grad, ctx.peers), None
 
 
 class _ToOwners(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, peers, counts):
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, peers: Peers, counts: tuple[int, ...]) -> torch.Tensor:
         ctx.peers, ctx.counts = peers, counts
         own = peers.size * [counts[peers.rank]]
         received = x.new_empty(sum(own))
@@ -192,7 +200,7 @@ class _ToOwners(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         own = ctx.peers.size * [ctx.counts[ctx.peers.rank]]
         returned = grad.new_empty(sum(ctx.counts))
         dist.all_to_all_single(returned, grad.reshape(-1), list(ctx.counts), own, group=ctx.peers.group)
@@ -209,13 +217,13 @@ def _summed(x: torch.Tensor, peers: Peers) -> torch.Tensor:
     return x
 
 
-def _all_gather(every: torch.Tensor, own: torch.Tensor, group) -> None:
+def _all_gather(every: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
     (dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor)(
         every, own, group=group
     )
 
 
-def _reduce_scatter(own: torch.Tensor, every: torch.Tensor, group) -> None:
+def _reduce_scatter(own: torch.Tensor, every: torch.Tensor, group: dist.ProcessGroup) -> None:
     (dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor)(
         own, every, group=group
     )
@@ -264,7 +272,9 @@ class _Channel:
     def __init__(self, peers: Peers, counts: tuple[int, ...]):
         self.peers, self.counts = peers, counts
         self.buffers: list[Bundle] = []
-        self.work, self.outgoing, self.arriving = [], (), ()
+        self.work: list[dist.Work] = []
+        self.outgoing: Bundle = ()
+        self.arriving: Bundle = ()
 
     def start(self, owner: int, bundle: Bundle) -> None:
         """Send what belongs to ``owner``; what belongs to the rank before it arrives."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from sslkernels.ops import block_mask
+
+__all__ = ["MaskingGenerator", "collate_data_and_cast", "collate_masks"]
 
 
 class MaskingGenerator:
@@ -33,7 +36,7 @@ class MaskingGenerator:
         self.num_patches = self.height * self.width
         self.num_masking_patches = num_masking_patches
         most = num_masking_patches if max_num_patches is None else max_num_patches
-        self.rectangles = {
+        self.rectangles: dict[str, Any] = {
             "min_patches": min_num_patches,
             "max_patches": None if most is None else int(most),
             "min_aspect": min_aspect,
@@ -93,7 +96,7 @@ def collate_masks(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
     """
-    _check_generator("collate_masks", mask_generator)
+    _checked("collate_masks", mask_generator)
     patches = mask_generator.num_patches
     if seed is None:
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
@@ -145,7 +148,7 @@ def collate_data_and_cast(
 
     Where it differs from DINOv2: docs/migration-masking.md.
     """
-    _check_generator("collate_data_and_cast", mask_generator, n_tokens)
+    mask_generator = _checked("collate_data_and_cast", mask_generator, n_tokens)
     crops = [sample[0] for sample in samples_list]
     collated = {
         f"collated_{kind}": torch.stack(
@@ -160,7 +163,7 @@ def collate_data_and_cast(
     return {**{name: crop.to(dtype) for name, crop in collated.items()}, **masks}
 
 
-def _check_generator(op: str, mask_generator, n_tokens: int | None = None) -> None:
+def _checked(op: str, mask_generator: object, n_tokens: int | None = None) -> MaskingGenerator:
     if not isinstance(mask_generator, MaskingGenerator):
         raise TypeError(
             f"{op}: mask_generator must be a sslkernels.compat.dinov2.MaskingGenerator, "
@@ -169,3 +172,4 @@ def _check_generator(op: str, mask_generator, n_tokens: int | None = None) -> No
     patches = mask_generator.num_patches
     if n_tokens is not None and n_tokens != patches:
         raise ValueError(f"{op}: n_tokens must be {patches}, those of the grid of mask_generator, got {n_tokens}")
+    return mask_generator

@@ -6,6 +6,8 @@ import torch
 
 import sslkernels
 
+__all__ = ["random_token_mask"]
+
 
 def random_token_mask(
     size: tuple[int, int],

@@ -6,6 +6,8 @@ import torch
 
 import sslkernels
 
+__all__ = ["random_masking"]
+
 
 def random_masking(
     x: torch.Tensor,

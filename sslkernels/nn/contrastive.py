@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,22 @@ from sslkernels.ops import decoupled_nt_xent, hard_nt_xent, info_nce, mises_fish
 from sslkernels.ops.infonce.arguments import check_pair, check_reduction
 from sslkernels.ops.infonce.info_nce import MODES
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 MIN_TEMPERATURE = 1e-8  # of a number; its inverse stays in range
 
 
 class ContrastiveLoss(nn.Module):
     """What these losses share: a temperature and the processes whose batches are taken together."""
 
-    def __init__(self, temperature: float | torch.Tensor, gather_distributed: bool, group, exchange: str):
+    def __init__(
+        self,
+        temperature: float | torch.Tensor,
+        gather_distributed: bool,
+        group: ProcessGroup | None,
+        exchange: str,
+    ):
         super().__init__()
         name = type(self).__name__
         check_temperature(name, temperature)
@@ -64,7 +74,7 @@ class NTXentLoss(ContrastiveLoss):
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
         *,
-        group=None,
+        group: ProcessGroup | None = None,
         exchange: str = "gather",
         memory_bank_dtype: torch.dtype = torch.float32,
     ):
@@ -129,7 +139,7 @@ class DCLLoss(ContrastiveLoss):
         weight_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
         gather_distributed: bool = False,
         *,
-        group=None,
+        group: ProcessGroup | None = None,
         exchange: str = "gather",
     ):
         super().__init__(temperature, gather_distributed, group, exchange)
@@ -144,7 +154,7 @@ class DCLLoss(ContrastiveLoss):
             return decoupled_nt_xent(out0, out1, self.temperature, **self.processes.options())
         check_pair(type(self).__name__, "out0", out0, "out1", out1)
         z0, z1 = (unit_rows(out) for out in (out0, out1))
-        weight = self._weights(z0, z1)
+        weight = self._weights(self.weight_fn, z0, z1)
         loss = decoupled_nt_xent(
             out0, out1, self.temperature, positive_weight=weight.detach(), **self.processes.options()
         )
@@ -153,9 +163,9 @@ class DCLLoss(ContrastiveLoss):
             loss = loss + self.processes.mean(through - through.detach())
         return loss
 
-    def _weights(self, z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
+    def _weights(self, weight_fn: Callable[..., torch.Tensor], z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
         """(2N,)"""
-        weights = [self.weight_fn(z0, z1), self.weight_fn(z1, z0)]
+        weights = [weight_fn(z0, z1), weight_fn(z1, z0)]
         for weight in weights:
             if not isinstance(weight, torch.Tensor) or weight.shape != z0.shape[:1]:
                 given = tuple(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
@@ -182,15 +192,15 @@ class DCLWLoss(DCLLoss):
         sigma: float = 0.5,
         gather_distributed: bool = False,
         *,
-        group=None,
+        group: ProcessGroup | None = None,
         exchange: str = "gather",
     ):
         check_temperature(type(self).__name__, sigma, "sigma")
         weights = partial(mises_fisher_weights, sigma=sigma)
         super().__init__(temperature, weights, gather_distributed, group=group, exchange=exchange)
 
-    def _weights(self, z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
-        return self.weight_fn(z0, z1, group=self.processes.active()).repeat(2)
+    def _weights(self, weight_fn: Callable[..., torch.Tensor], z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
+        return weight_fn(z0, z1, group=self.processes.active()).repeat(2)
 
 
 class InfoNCELoss(ContrastiveLoss):
@@ -217,7 +227,7 @@ class InfoNCELoss(ContrastiveLoss):
         reduction: str = "mean",
         negative_mode: str = "unpaired",
         *,
-        group=None,
+        group: ProcessGroup | None = None,
         exchange: str = "gather",
     ):
         super().__init__(temperature, False, group, exchange)
@@ -244,7 +254,7 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1)
 
 
-def check_temperature(name: str, value, argument: str = "temperature") -> None:
+def check_temperature(name: str, value: object, argument: str = "temperature") -> None:
     """A number that is not 0, or a floating-point tensor of one element, which is not read."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or not value.is_floating_point():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import nn
 
 from sslkernels.nn import ema_peers
@@ -26,8 +29,8 @@ class ModelEmaV3(EMATeacher):
         use_warmup: bool = False,
         warmup_gamma: float = 1.0,
         warmup_power: float = 2 / 3,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         stochastic_rounding: bool = True,
         stochastic_rounding_seed: int = 0,
         foreach: bool = True,
@@ -56,7 +59,14 @@ class AveragedModel(EMATeacher):
     averaged, and averaging functions are those that ``torch.optim.swa_utils`` makes.
     """
 
-    def __init__(self, model: nn.Module, device=None, avg_fn=None, multi_avg_fn=None, use_buffers: bool = False):
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str | int | None = None,
+        avg_fn: Callable | None = None,
+        multi_avg_fn: Callable | None = None,
+        use_buffers: bool = False,
+    ):
         average = ema_peers.averaging(avg_fn, multi_avg_fn) or EqualMomentum()
         super().__init__(model, average, device=device, use_buffers=use_buffers)
         self.train(model.training)

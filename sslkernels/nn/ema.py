@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -73,6 +74,8 @@ class EMATeacher(nn.Module):
     Cost: one pass of `ema_update_` and one copy of the buffers per update. No extra memory.
     """
 
+    n_averaged: torch.Tensor
+
     def __init__(
         self,
         model: nn.Module,
@@ -84,7 +87,7 @@ class EMATeacher(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         capturable: bool | None = None,
-        **peer_arguments,
+        **peer_arguments: Any,
     ):
         super().__init__()
         self.momentum, self.buffer_mode = ema_peers.translate(momentum, MOMENTUM, buffers, peer_arguments)
@@ -103,7 +106,7 @@ class EMATeacher(nn.Module):
         """The number of updates made: an int64 tensor without dimensions, in the state_dict as ``n_averaged``."""
         return self.n_averaged
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
     @torch.no_grad()
@@ -130,7 +133,7 @@ class EMATeacher(nn.Module):
             targets, sources = targets + averaged[0], sources + averaged[1]
         if plan.several_devices():
             sources = _moved(targets, sources)
-        options = {}
+        options: dict[str, Any] = {}
         if self.stochastic_rounding_seed is not None:
             options["stochastic_rounding_seed"] = self.stochastic_rounding_seed
             options["step"] = self._count()
@@ -159,7 +162,7 @@ class EMATeacher(nn.Module):
         _copy(sources, targets)
 
     @contextlib.contextmanager
-    def swap(self, model: nn.Module | None = None):
+    def swap(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
         """Within this context ``model`` has the teacher's weights; after it, bit for bit its own.
 
         What is written to the model inside is lost. Costs a copy of the model.
@@ -215,7 +218,7 @@ class EMATeacher(nn.Module):
         # a copy that still followed the old student would do so silently
         return {**super().__getstate__(), "_plan": None}
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # the peers know no extra state, and timm keeps no count
         state_dict.setdefault(prefix + "_extra_state", {})
         state_dict.setdefault(prefix + "n_averaged", self.n_averaged)
@@ -223,7 +226,7 @@ class EMATeacher(nn.Module):
 
     def _count(self) -> int | torch.Tensor:
         capturable = self.n_averaged.device.type != "cpu" if self.capturable is None else self.capturable
-        return self.n_averaged if capturable else self.n_averaged.item()
+        return self.n_averaged if capturable else int(self.n_averaged)
 
     def _plan_for(self, model: nn.Module | None, keep: bool = True) -> Plan:
         plan = self._plan
@@ -243,7 +246,9 @@ class EMATeacher(nn.Module):
         return plan
 
 
-def _check_arguments(model, teacher, momentum, buffers, seed) -> None:
+def _check_arguments(
+    model: nn.Module, teacher: nn.Module | None, momentum: object, buffers: object, seed: object
+) -> None:
     for argument, module in (("model", model), ("teacher", teacher)):
         if not isinstance(module, nn.Module) and (argument == "model" or module is not None):
             raise TypeError(f"{NAME}: {argument} must be a module, got {type(module).__name__}")
@@ -269,11 +274,11 @@ def _check_arguments(model, teacher, momentum, buffers, seed) -> None:
             raise ValueError(f"{NAME}: momentum must lie in [0, 1], got {momentum}")
 
 
-def _moved(targets, sources) -> list[torch.Tensor]:
+def _moved(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> list[torch.Tensor]:
     return [source.to(target.device) for target, source in zip(targets, sources, strict=True)]
 
 
-def _copy(targets, sources, found_inf: torch.Tensor | None = None) -> None:
+def _copy(targets: list[torch.Tensor], sources: list[torch.Tensor], found_inf: torch.Tensor | None = None) -> None:
     if not targets:
         return
     if found_inf is not None:

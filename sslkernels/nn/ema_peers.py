@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sslkernels.nn.ema_plan import NAME
-from sslkernels.nn.momentum import ConstantMomentum, EqualMomentum, TimmDecay
+from sslkernels.nn.momentum import ConstantMomentum, EqualMomentum, Momentum, TimmDecay
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class PeerArguments:
     foreach: bool = True  # there is one way to update, and it is faster than either
     exclude_buffers: bool | None = None
     use_buffers: bool | None = None
-    avg_fn: object = None
-    multi_avg_fn: object = None
+    avg_fn: Callable | None = None
+    multi_avg_fn: Callable | None = None
 
 
-def translate(momentum, default, buffers: str | None, given: dict) -> tuple[object, str]:
+def translate(
+    momentum: Momentum | Callable, default: float, buffers: str | None, given: dict
+) -> tuple[Momentum | Callable, str]:
     """Momentum and mode of the buffers that ``given``, the arguments of a peer, ask for."""
     known = [field.name for field in dataclasses.fields(PeerArguments)]
     unknown = [name for name in given if name not in known]
@@ -44,7 +47,7 @@ def translate(momentum, default, buffers: str | None, given: dict) -> tuple[obje
     return (_timm_decay(peer, momentum) if timm else average or momentum), _buffers(peer, buffers, timm)
 
 
-def averaging(avg_fn, multi_avg_fn) -> ConstantMomentum | EqualMomentum | None:
+def averaging(avg_fn: Callable | None, multi_avg_fn: Callable | None) -> ConstantMomentum | EqualMomentum | None:
     """The schedule that one of the averaging functions of torch.optim.swa_utils stands for."""
     given = avg_fn if multi_avg_fn is None else multi_avg_fn
     if given is None:
@@ -63,7 +66,7 @@ def averaging(avg_fn, multi_avg_fn) -> ConstantMomentum | EqualMomentum | None:
     )
 
 
-def _timm_decay(peer: PeerArguments, momentum) -> TimmDecay:
+def _timm_decay(peer: PeerArguments, momentum: object) -> TimmDecay:
     decay = momentum if peer.decay is None else peer.decay
     if isinstance(decay, bool) or not isinstance(decay, (int, float)):
         raise TypeError(f"{NAME}: decay must be a float, got {type(decay).__name__}")

@@ -6,20 +6,27 @@ import itertools
 import operator
 import sys
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
 NAME = "EMATeacher"
 # what torch.compile and activation checkpointing put into names, wherever they wrap a submodule
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]  # teachers and students
+Owners = Iterable[tuple[str, dict[str, torch.Tensor | None]]]  # of tensors: the paths and dicts of modules
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside torch.compile, DataParallel and DistributedDataParallel."""
     while True:
-        if "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]
+        if (compiled := model._modules.get("_orig_mod")) is not None:
+            model = compiled
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
@@ -35,21 +42,25 @@ def plain_names(names: list[str]) -> list[str]:
     return names
 
 
-def sharded_modules(module: nn.Module) -> list[nn.Module]:
+def sharded_modules(module: nn.Module) -> list[FSDPModule]:
     """The modules under fully_shard, whose parameters may be replaced by gathered ones for the time of a forward."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where it was never imported, nothing is sharded
     kind = getattr(fsdp, "FSDPModule", ())
     return [each for each in module.modules() if isinstance(each, kind)]
 
 
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    return hasattr(tensor, "to_local")  # the class is slow to import, and needless where nothing is sharded
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The shard of a DTensor that lies here; any other tensor as it is. To be called without grad."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def first_element(name: str, tensor: torch.Tensor) -> int:
     """The row-major index that the first element of a local shard has in the full tensor."""
-    if not hasattr(tensor, "to_local"):
+    if not is_sharded(tensor):
         return 0
     split = [(axis, placement) for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     if not split:
@@ -92,12 +103,12 @@ class Inventory:
         self.persistent = {name for name, (d, key) in self._slots.items() if (id(d), key) not in transient}
 
     @staticmethod
-    def _located(owners) -> dict[str, tuple[dict, str]]:
+    def _located(owners: Owners) -> dict[str, tuple[dict, str]]:
         found = [(f"{path}.{key}" if path else key, d, key) for path, d in owners for key in d]
         names = plain_names([name for name, _, _ in found])
         return {name: (d, key) for name, (_, d, key) in zip(names, found, strict=True)}
 
-    def _named(self, owners) -> dict[str, torch.Tensor]:
+    def _named(self, owners: Owners) -> dict[str, torch.Tensor]:
         located = self._located(owners)
         return {name: d[key] for name, (d, key) in located.items() if d[key] is not None}
 
@@ -148,12 +159,12 @@ class Plan:
                     f"{NAME}: student must tie {name!r} to {names[id(target)]!r} as the teacher does, "
                     "got two different parameters"
                 )
-        self._has_shards = any(hasattr(target, "to_local") for target, _ in self._parameters)
+        self._has_shards = any(is_sharded(target) for target, _ in self._parameters)
         self._targets = [target for target, _ in self._parameters]
         self._sources = [source for _, source in self._parameters]
         self._several_devices = any(target.device != source.device for target, source in self._parameters)
         self._first_elements: list[int] | None = None
-        self._known_buffers = ("", [], ())
+        self._known_buffers: tuple[str, list[torch.Tensor | None], tuple[Pairs, ...]] = ("", [], ())
         self.buffers("copy")
 
     def current(self) -> bool:
@@ -182,7 +193,7 @@ class Plan:
             self._first_elements = [first_element(name, target) for name, target in pairs]
         return self._first_elements + [0] * averaged_buffers
 
-    def buffers(self, mode: str):
+    def buffers(self, mode: str) -> tuple[Pairs, ...]:
         """Those to average and those to copy, each as teachers and students; what to leave alone is in neither."""
         now = [*self.teacher.buffers(), *self.student.buffers()]
         known, before, pairs = self._known_buffers
@@ -191,8 +202,9 @@ class Plan:
             self._known_buffers = (mode, now, pairs)
         return pairs
 
-    def _match_buffers(self, mode: str):
-        averaged, copied = ([], []), ([], [])
+    def _match_buffers(self, mode: str) -> tuple[Pairs, Pairs]:
+        averaged: Pairs = ([], [])
+        copied: Pairs = ([], [])
         ours, theirs = self.teacher.named_buffers(), self.student.named_buffers()
         persistent = self.teacher.persistent & self.student.persistent
         if ours.keys() != theirs.keys():
@@ -203,10 +215,9 @@ class Plan:
             )
         for name, target in ours.items():
             source = theirs.get(name)
-            if name in persistent:
-                _check_alike("buffer", name, target, source)
-            elif source is None or source.shape != target.shape:
+            if source is None or (name not in persistent and source.shape != target.shape):
                 continue  # a cache that each side keeps for itself
+            _check_alike("buffer", name, target, source)
             if not target.is_floating_point() or mode == "copy" or name not in persistent:
                 pairs = copied
             elif mode == "ema":
@@ -240,8 +251,7 @@ def _shapes(tensors: list[torch.Tensor]) -> list[torch.Size]:
     return [tensor.shape for tensor in tensors]
 
 
-def _check_names(kind: str, teacher, student) -> None:
-    teacher, student = list(teacher), list(student)
+def _check_names(kind: str, teacher: Iterable[str], student: Iterable[str]) -> None:
     lost = sorted(set(teacher) - set(student))
     gained = sorted(set(student) - set(teacher))
     if lost:
@@ -256,7 +266,7 @@ def _some(names: list[str]) -> str:
 
 def _check_alike(kind: str, name: str, teacher: torch.Tensor, student: torch.Tensor) -> None:
     for side, tensor in (("model", teacher), ("student", student)):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(tensor):
             raise ValueError(f"{NAME}: {side} must have run once, so that lazy {kind} {name!r} has a shape, got none")
     if teacher.shape != student.shape:
         raise ValueError(

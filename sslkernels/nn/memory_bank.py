@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch import nn
 
 from sslkernels.distributed import gather
 from sslkernels.nn.processes import Processes
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 NAME = "MemoryBank"
 
@@ -56,13 +60,16 @@ class MemoryBank(nn.Module):
     Cost: `enqueue` writes B D elements; no copy of the bank, no synchronisation with the device.
     """
 
+    bank: torch.Tensor
+    bank_ptr: torch.Tensor
+
     def __init__(
         self,
         size: int | Sequence[int],
         gather_distributed: bool = False,
         feature_dim_first: bool = True,
         *,
-        group=None,
+        group: ProcessGroup | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ):
@@ -125,7 +132,7 @@ class MemoryBank(nn.Module):
     def extra_repr(self) -> str:
         return f"size={self.size}, dtype={self.bank.dtype}, gather_distributed={self.gather_distributed}"
 
-    def _check(self, keys) -> None:
+    def _check(self, keys: object) -> None:
         if not isinstance(keys, torch.Tensor) or not keys.is_floating_point():
             given = keys.dtype if isinstance(keys, torch.Tensor) else type(keys).__name__
             raise TypeError(f"{NAME}: keys must be a floating-point tensor, got {given}")
@@ -133,14 +140,14 @@ class MemoryBank(nn.Module):
             raise ValueError(f"{NAME}: keys must be (B, {self.size[1]}), got {tuple(keys.shape)}")
 
 
-def _checked_size(size) -> tuple[int, ...]:
-    sizes = (size,) if isinstance(size, int) else tuple(size)
+def _checked_size(size: int | Sequence[int]) -> tuple[int, ...]:
+    sizes: tuple[int, ...] = (size,) if isinstance(size, int) else tuple(size)
     if any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
         raise TypeError(f"{NAME}: size must be (K, D) of integers, or 0, got {size!r}")
     if any(n < 0 for n in sizes):
         raise ValueError(f"{NAME}: size must not be negative, got {size!r}")
     if sizes != (0,) and len(sizes) != 2:
         raise ValueError(f"{NAME}: size must be (K, D), or 0 for no bank, got {size!r}")
-    if sizes[0] and not sizes[1]:
+    if sizes[0] and not sizes[-1]:
         raise ValueError(f"{NAME}: size must have at least one feature, got {size!r}")
     return sizes

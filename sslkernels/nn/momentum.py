@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ class ConstantMomentum:
     momentum: float = 0.996
     copies: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_momentum(self, "momentum", self.momentum)
 
     def __call__(self, step: Step) -> Momentum:
@@ -50,7 +52,7 @@ class CosineMomentum:
     base: float = 0.996
     final: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_momentum(self, "base", self.base)
         _check_momentum(self, "final", self.final)
         _check_positive(self, "total_steps", self.total_steps)
@@ -75,7 +77,7 @@ class WarmupMomentum:
     gamma: float = 1.0
     power: float = 2 / 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_momentum(self, "decay", self.decay)
         _check_positive(self, "gamma", self.gamma)
 
@@ -94,7 +96,7 @@ class PowerMomentum:
 
     gamma: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.gamma > -1:
             raise ValueError(f"PowerMomentum: gamma must be more than -1, got {self.gamma}")
 
@@ -130,7 +132,7 @@ class TimmDecay:
     warmup_gamma: float = 1.0
     warmup_power: float = 2 / 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_momentum(self, "decay", self.decay)
         _check_momentum(self, "min_decay", self.min_decay)
         _check_positive(self, "warmup_gamma", self.warmup_gamma)
@@ -144,12 +146,12 @@ class TimmDecay:
         return 1 if self.use_warmup or self.update_after_step > 0 else 2
 
     def __call__(self, step: Step) -> Momentum:
-        step = _most(_number(step) - self.update_after_step - 1, 0)
-        decay = self.decay
+        warm = _most(_number(step) - self.update_after_step - 1, 0)
+        decay: Momentum = self.decay
         if self.use_warmup:
-            decay = 1 - (1 + step / self.warmup_gamma) ** -self.warmup_power
+            decay = 1 - (1 + warm / self.warmup_gamma) ** -self.warmup_power
             decay = _most(_least(decay, self.decay), self.min_decay)
-        return _where(step <= 0, 0.0, decay)
+        return _where(warm <= 0, 0.0, decay)
 
 
 SCHEDULES = {
@@ -158,7 +160,7 @@ SCHEDULES = {
 }
 
 
-def encode(momentum):
+def encode(momentum: Any) -> dict | Momentum | None:
     """What a checkpoint holds of a momentum, of plain types and tensors only; None for a callable of the user's."""
     if isinstance(momentum, torch.Tensor):
         return momentum.detach().clone()
@@ -167,7 +169,7 @@ def encode(momentum):
     return None if callable(momentum) else float(momentum)
 
 
-def decode(encoded):
+def decode(encoded: dict | Momentum | None) -> Momentum | Callable | None:
     if not isinstance(encoded, dict):
         return encoded
     fields = dict(encoded)
@@ -178,26 +180,26 @@ def _number(step: Step) -> int | torch.Tensor:
     return step.double() if isinstance(step, torch.Tensor) else step
 
 
-def _least(value, bound: float):
+def _least(value: Momentum, bound: float) -> Momentum:
     return value.clamp(max=bound) if isinstance(value, torch.Tensor) else min(value, bound)
 
 
-def _most(value, bound: float):
+def _most(value: Momentum, bound: float) -> Momentum:
     return value.clamp(min=bound) if isinstance(value, torch.Tensor) else max(value, bound)
 
 
-def _where(condition, value, other):
+def _where(condition: bool | torch.Tensor, value: Momentum, other: Momentum) -> Momentum:
     if isinstance(condition, torch.Tensor):
         zero = torch.zeros_like(condition, dtype=torch.float64)  # two Python numbers would make a float32 tensor
         return torch.where(condition, zero + value, zero + other)
     return value if condition else other
 
 
-def _check_momentum(schedule, argument: str, momentum: float) -> None:
+def _check_momentum(schedule: object, argument: str, momentum: float) -> None:
     if not 0 <= momentum <= 1:
         raise ValueError(f"{type(schedule).__name__}: {argument} must lie in [0, 1], got {momentum}")
 
 
-def _check_positive(schedule, argument: str, value: float) -> None:
+def _check_positive(schedule: object, argument: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{type(schedule).__name__}: {argument} must be positive, got {value}")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.distributed as dist
 
 from sslkernels.distributed import EXCHANGES
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Processes:
@@ -14,7 +19,7 @@ class Processes:
     Copies of a module share the group: it is a connection, not data.
     """
 
-    def __init__(self, name: str, wanted: bool, group=None, exchange: str = "gather"):
+    def __init__(self, name: str, wanted: bool, group: ProcessGroup | None = None, exchange: str = "gather"):
         if exchange not in EXCHANGES:
             raise ValueError(f"{name}: exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {exchange!r}")
         self.wanted = bool(wanted) or group is not None
@@ -25,15 +30,15 @@ class Processes:
         self.group = group
         self.exchange = exchange
 
-    def __deepcopy__(self, memo) -> Processes:
+    def __deepcopy__(self, memo: dict) -> Processes:
         return self
 
-    def active(self):
+    def active(self) -> ProcessGroup | None:
         """The group; None where none is wanted, none has been set up, or this process is alone in it."""
         if not self.wanted or not dist.is_initialized():
             return None
         group = dist.group.WORLD if self.group is None else self.group
-        return group if group.size() > 1 else None
+        return group if group is not None and group.size() > 1 else None
 
     def count(self) -> int:
         group = self.active()
@@ -43,7 +48,7 @@ class Processes:
         group = self.active()
         return 0 if group is None else group.rank()
 
-    def options(self) -> dict:
+    def options(self) -> dict[str, Any]:
         """Arguments of a public function; none where this process is alone."""
         group = self.active()
         return {} if group is None else {"group": group, "exchange": self.exchange}

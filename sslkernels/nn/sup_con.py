@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from sslkernels.nn.contrastive import ContrastiveLoss, check_temperature
 from sslkernels.ops import sup_con
 from sslkernels.ops.infonce.arguments import check_integers
 from sslkernels.ops.infonce.sup_con_mask import masked_sup_con
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 CONTRAST_MODES = ("all", "one")
 FIRST_SAMPLE_ID = 1 << 62  # above any label; the samples of process r count from here + r * SAMPLES_PER_PROCESS
@@ -42,7 +47,7 @@ class SupConLoss(ContrastiveLoss):
         contrast_mode: str = "all",
         base_temperature: float = 0.07,
         *,
-        group=None,
+        group: ProcessGroup | None = None,
         exchange: str = "gather",
     ):
         super().__init__(temperature, False, group, exchange)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
 from sslkernels.nn.processes import Processes
 from sslkernels.ops import clip_loss, sigmoid_loss
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 EXCHANGE_OF = {"bidir": "ring", "shift": "ring", "reduce": "gather", "gather": "gather"}  # of SigLipLoss's dist_impl
 Scalar = float | torch.Tensor
@@ -15,7 +20,7 @@ Scalar = float | torch.Tensor
 class TowersLoss(nn.Module):
     """What the two have in common: who the processes are, and the matrix of logits for those who want to see it."""
 
-    def __init__(self, rank: int, world_size: int, group, exchange: str):
+    def __init__(self, rank: int, world_size: int, group: ProcessGroup | None, exchange: str):
         super().__init__()
         self.rank = rank
         self.world_size = world_size
@@ -81,7 +86,7 @@ class ClipLoss(TowersLoss):
         world_size: int = 1,
         use_horovod: bool = False,
         *,
-        group=None,
+        group: ProcessGroup | None = None,
         exchange: str = "gather",
     ):
         super().__init__(rank, world_size, group, exchange)
@@ -103,7 +108,7 @@ class ClipLoss(TowersLoss):
         loss = clip_loss(image_features, text_features, logit_scale, logit_bias, **self._options())
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def get_logits(
+    def get_logits(  # type: ignore[override]  # as in open_clip, whose two losses are no relatives
         self,
         image_features: torch.Tensor,
         text_features: torch.Tensor,
@@ -140,7 +145,7 @@ class SigLipLoss(TowersLoss):
         world_size: int = 1,
         dist_impl: str | None = None,
         *,
-        group=None,
+        group: ProcessGroup | None = None,
     ):
         dist_impl = "bidir" if dist_impl is None else dist_impl
         if dist_impl not in EXCHANGE_OF:

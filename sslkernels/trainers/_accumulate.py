@@ -16,19 +16,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+Stats = TypeVar("Stats")
 
 
 def backward(
     model: nn.Module,
     micro_batches: Sequence[torch.Tensor],
     embed: Callable[[Callable, torch.Tensor], torch.Tensor],
-    loss_of: Callable[[torch.Tensor], tuple[torch.Tensor, object]],
+    loss_of: Callable[[torch.Tensor], tuple[torch.Tensor, Stats]],
     seed: int,
-) -> tuple[torch.Tensor, object]:
+) -> tuple[torch.Tensor, Stats]:
     """Add the gradient of ``loss_of(all embeddings)`` to the parameters; returns what ``loss_of`` returned.
 
     ``embed(model, micro_batch)`` gives the embeddings (2, n, D), ``loss_of`` the loss of (2, N, D) and its statistics.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 
@@ -18,17 +19,10 @@ from sslkernels.trainers._log import RunLog
 from sslkernels.trainers._options import curve_options
 
 NAME = "checkpoint.pt"
+Parts = Mapping[str, Any]  # by name what has a state_dict: modules and optimisers
 
 
-class Stateful(Protocol):
-    """A module or an optimiser."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> object: ...
-
-
-def begin(args: argparse.Namespace, world: World, parts: dict[str, Stateful]) -> dict:
+def begin(args: argparse.Namespace, world: World, parts: Parts) -> dict:
     """Prepare the folder of a run and the threads; returns the checkpoint to go on from, or an empty dict.
 
     ``parts`` by name: all that changes during training; they are given the state that they had.
@@ -57,7 +51,7 @@ def begin(args: argparse.Namespace, world: World, parts: dict[str, Stateful]) ->
     return saved
 
 
-def save(args: argparse.Namespace, world: World, step: int, log: RunLog, parts: dict[str, Stateful]) -> None:
+def save(args: argparse.Namespace, world: World, step: int, log: RunLog, parts: Parts) -> None:
     """Write what `begin` needs to go on after that many steps."""
     options, threads = curve_options(args, world.size), torch.get_num_threads()
     run = {"options": options, "threads": threads, "software": software(args.device)}

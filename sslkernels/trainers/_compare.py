@@ -54,7 +54,8 @@ def _call(views: int, dim: int, temperature: float, device: str, name: str) -> C
 
 def _seconds(call: Callable[[], object], device: str) -> float:
     call()
-    samples, begin = [], time.perf_counter()
+    samples: list[float] = []
+    begin = time.perf_counter()
     while len(samples) < LEAST_CALLS or time.perf_counter() - begin < SECONDS:
         start = time.perf_counter()
         call()
@@ -66,9 +67,9 @@ def _seconds(call: Callable[[], object], device: str) -> float:
 
 def _peak_memory(shapes, temperature, device) -> dict[tuple[int, int, str], float]:
     """MiB above what was held before the call, gradients included; empty where the system does not tell."""
-    keys = [(*shape, name) for shape in shapes for name in BACKENDS]
+    keys = [(views, dim, name) for views, dim in shapes for name in BACKENDS]
     if device == "cuda":
-        return {key: _cuda_memory(_call(*key[:2], temperature, device, key[2])) for key in keys}
+        return {(n, d, name): _cuda_memory(_call(n, d, temperature, device, name)) for n, d, name in keys}
     if not sys.platform.startswith("linux"):
         return {}
     # in a process whose allocator returns freed memory at once: memory kept from an earlier call would hide the next

@@ -35,7 +35,7 @@ def join_world(device: torch.device) -> World:
 def same_everywhere(value: object, world: World) -> bool:
     if world.size == 1:
         return True
-    values = [None] * world.size
+    values: list[object] = [None] * world.size
     dist.all_gather_object(values, value)
     return all(other == value for other in values)
 

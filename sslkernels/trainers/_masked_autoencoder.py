@@ -20,6 +20,9 @@ class MaskedAutoencoder(nn.Module):
     The masks are a function of the seed and of each image's own id.
     """
 
+    encoder: VisionTransformer
+    positions: torch.Tensor
+
     def __init__(self, encoder: VisionTransformer, mask_ratio: float, dim: int, depth: int, ops: str):
         super().__init__()
         self.encoder = encoder
@@ -70,7 +73,7 @@ def patches_of(images: torch.Tensor, patch_size: int) -> torch.Tensor:
     return columns.unflatten(1, (images.shape[1], -1)).transpose(1, 3).flatten(2)
 
 
-def images_of(patches: torch.Tensor, patch_size: int, size: tuple[int, int]) -> torch.Tensor:
+def images_of(patches: torch.Tensor, patch_size: int, size: torch.Size | tuple[int, int]) -> torch.Tensor:
     """The images (N, C, H, W) that have these patches."""
     columns = patches.unflatten(2, (patch_size**2, -1)).transpose(1, 3).flatten(1, 2)
     return F.fold(columns, size, patch_size, stride=patch_size)

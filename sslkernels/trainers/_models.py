@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -16,10 +17,11 @@ from sslkernels.trainers._data import ImageData
 
 PATCHES = 8  # a side at the most, unless a patch size is asked for
 SMALL_VIT = {"model_name": "test_vit", "embed_dim": 128, "depth": 2, "num_heads": 8}
+TimmModel = Any  # a module with the attributes that timm gives its models, ``num_features`` for one
 SMALL_IMAGE = 64  # below it a ResNet's stem must not shrink the image
 
 
-def build_backbone(name: str, data: ImageData, norm: str) -> nn.Module:
+def build_backbone(name: str, data: ImageData, norm: str) -> TimmModel:
     """timm's model of that name without its classifier; it returns features (N, num_features)."""
     _check_name(name)
     options = {"num_classes": 0, "in_chans": data.channels}

@@ -25,7 +25,7 @@ from sslkernels.trainers import TrainError, _checkpoint, _evaluate
 from sslkernels.trainers._data import ImageData, ImageSet, load_data
 from sslkernels.trainers._distributed import World, gather, join_world, spread
 from sslkernels.trainers._log import open_log
-from sslkernels.trainers._models import build_backbone
+from sslkernels.trainers._models import TimmModel, build_backbone
 from sslkernels.trainers._optim import LEARNING_RATES, build_optimizer, set_learning_rate, warmup_cosine
 from sslkernels.trainers._options import (
     add_encoder_arguments,
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> int:
 class TwoTowers(nn.Module):
     """Images (N, C, H, W) and characters (N, L) as unit vectors (2, N, dim)."""
 
-    def __init__(self, backbone: nn.Module, dim: int, temperature: float):
+    def __init__(self, backbone: TimmModel, dim: int, temperature: float):
         super().__init__()
         features = backbone.num_features
         self.image = nn.Sequential(backbone, nn.Linear(features, dim, bias=False))
@@ -102,10 +102,11 @@ class Captioned(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         epoch, index = key
-        image, label = self.images.images[index], self.images.labels[index]
+        image, labels = self.images.images[index], self.images.labels
+        label = labels[index]  # type: ignore[index]  # where classes have names there are labels
         with drawn_from(self.seed, VIEWS, epoch, index):
             template = TEMPLATES[int(torch.randint(len(TEMPLATES), ()))]
-            return self.augment(image), encode(template.format(self.names[label])), label
+            return self.augment(image), encode(template.format(self.names[int(label)])), label
 
 
 def train(args: argparse.Namespace) -> dict[str, float]:
@@ -171,7 +172,8 @@ def zero_shot_accuracy(model: TwoTowers, data: ImageData, device: torch.device) 
     texts = F.normalize(model.text(captions.to(device)), dim=1).unflatten(0, (-1, len(TEMPLATES))).mean(dim=1).cpu()
     images = _evaluate.embed(model.image, data.test, evaluation(data), device)
     nearest = (images @ F.normalize(texts, dim=1).T).argmax(dim=1)
-    return (nearest == data.test.labels).float().mean().item()
+    hits: torch.Tensor = nearest == data.test.labels  # type: ignore[assignment]
+    return hits.float().mean().item()
 
 
 def print_accuracies(accuracies: dict[str, float]) -> None:

@@ -147,7 +147,7 @@ def start_statistics(model: nn.Module, images: torch.Tensor) -> None:
         norm.momentum = momentum
 
 
-def key_encoder(model: nn.Module, momentum: float, ops: str) -> nn.Module:
+def key_encoder(model: nn.Module, momentum: float, ops: str) -> EMATeacher | AveragedModel:
     """A teacher of the model, in evaluation mode, whose running statistics follow as its weights do."""
     if ops == "fused":
         return EMATeacher(model, momentum, buffers="ema")

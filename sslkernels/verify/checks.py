@@ -76,13 +76,10 @@ class Group:
     cases: tuple[Case, ...]
 
     @property
-    def active(self) -> Target | None:
-        return next((target for target in self.targets if target.backend is None), None)
-
-    @property
-    def integrated(self) -> bool:
-        """Whether the operators themselves are checked: in one dtype, as the active backend."""
-        return self.active is not None and self.targets[0].dtype == self.spec.dtypes[0]
+    def integrated(self) -> Target | None:
+        """Where the operators themselves are checked: in one dtype, as the active backend."""
+        found = (t for t in self.targets if t.backend is None and t.dtype == self.spec.dtypes[0])
+        return next(found, None)
 
     def __str__(self) -> str:
         return f"{self.spec.name} {dtype_name(self.targets[0].dtype)} on {self.targets[0].device}"
@@ -128,10 +125,10 @@ def _available(spec: OpSpec, device: str, backend: str | None) -> tuple[dict[str
     """The backends to check by their labels, with what to ask for; and the absent ones with the reasons."""
     report = backends()[spec.name][device]
     # the active one is called as users call it, without a name; without kernels that is the operators' fallback
-    found = {FALLBACK if report.active == "reference" else report.active: None}
+    found: dict[str, str | None] = {FALLBACK if report.active == "reference" else report.active: None}
     found |= {name: name for name in (*report.besides, "reference")}
     absent = {name: why for name, why in report.absent.items() if backend in (None, name)}
-    if backend not in (None, *found, *absent):
+    if backend is not None and backend not in (*found, *absent):
         absent[backend] = ELSEWHERE.get((device, backend), f"on {device} there are {', '.join(found)}")
     chosen = {label: key for label, key in found.items() if backend in (None, label)}
     return chosen, {f"{name} on {device}": why for name, why in absent.items()}
@@ -139,7 +136,7 @@ def _available(spec: OpSpec, device: str, backend: str | None) -> tuple[dict[str
 
 def check_group(group: Group) -> Iterator[list[Check]]:
     """Every check of a group, case by case."""
-    unseen = set(group.spec.torch_ops)
+    unseen, integrated = set(group.spec.torch_ops), group.integrated
     for index, case in enumerate(group.cases):
         try:
             calls = numerics.calls(group.spec, case, group.targets[0].dtype, group.targets[0].device)
@@ -149,15 +146,15 @@ def check_group(group: Group) -> Iterator[list[Check]]:
         checks = []
         for label, arguments in calls:
             checks += _check_numbers(group, label, arguments)
-            if group.integrated:
-                checks += _check_operators(group, label, arguments, unseen, always=index == 0)
-        if group.integrated and index == 0:  # once: it takes seconds. The last call has the most that may require grad
+            if integrated:
+                checks += _check_operators(group.spec, integrated, label, arguments, unseen, always=index == 0)
+        if integrated and index == 0:  # once: it takes seconds. The last call has the most that may require grad
             label, arguments = calls[-1]
-            checks.append(_check("compiled", group.active, label, properties.compiled_agrees, group.spec, arguments))
+            checks.append(_check("compiled", integrated, label, properties.compiled_agrees, group.spec, arguments))
         yield checks + (_check_bits(group, case) if group.spec.is_mask else [])
-    if group.integrated and unseen:
+    if integrated and unseen:
         reason = f"no case calls {', '.join(sorted(unseen))}"
-        yield [Check(group.active, "opcheck", "all cases", False, reason=reason)]
+        yield [Check(integrated, "opcheck", "all cases", False, reason=reason)]
 
 
 def _check_numbers(group: Group, label: str, arguments: dict) -> list[Check]:
@@ -183,16 +180,18 @@ def _compare(spec: OpSpec, target: Target, label: str, arguments: dict, expected
     return [*checks, _check("deterministic", target, label, _same_twice, first, second)]
 
 
-def _check_operators(group: Group, label: str, arguments: dict, unseen: set[str], always: bool) -> list[Check]:
+def _check_operators(
+    spec: OpSpec, target: Target, label: str, arguments: dict, unseen: set[str], always: bool
+) -> list[Check]:
     """opcheck of the operators that the active backend calls, always or where some are new; they leave ``unseen``."""
     try:
-        called = properties.operators(group.spec, arguments)
+        called = properties.operators(spec, arguments)
     except Exception:  # the crash is reported as the value's
         return []
     if not (always or unseen & set(called)):
         return []
     unseen -= set(called)
-    return [_check("opcheck", group.active, label, properties.operators_hold, group.spec, called)]
+    return [_check("opcheck", target, label, properties.operators_hold, spec, called)]
 
 
 def _check_bits(group: Group, case: Case) -> list[Check]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from sslkernels._table import print_table
 from sslkernels.verify.checks import Check, NotRun, dtype_name
@@ -11,6 +12,7 @@ from sslkernels.verify.checks import Check, NotRun, dtype_name
 HEAD = ("sslkernels", "torch", "triton", "processor", "isa", "threads", "cuda")  # of what `sslkernels info` tells
 COLUMNS = ("op", "on", "checks", "error", "eager", "of limit", "where", "verdict")
 DETAILS = ("op", "on", "dtype", "check", "cases", "error", "eager", "of limit", "where", "verdict")
+Key = TypeVar("Key")
 SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64"}
 
 
@@ -67,8 +69,8 @@ def describe_not_run(line: NotRun) -> str:
     return f"not run: {line.what}: {line.reason}" + (f" ({', '.join(line.ops)})" if line.ops else "")
 
 
-def group_by(checks: Iterable[Check], key: Callable[[Check], Hashable]) -> dict[Hashable, list[Check]]:
-    groups: dict[Hashable, list[Check]] = {}
+def group_by(checks: Iterable[Check], key: Callable[[Check], Key]) -> dict[Key, list[Check]]:
+    groups: dict[Key, list[Check]] = {}
     for check in checks:
         groups.setdefault(key(check), []).append(check)
     return groups

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 
 from sslkernels._library import check_backend  # noqa: F401  for the losses, beside the other checks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # exp(s * scale - |scale|) spans exp(-2 |scale|) to 1 when |s| <= 1: up to here it stays a normal fp32 number
 MAX_BOUNDED_SPAN = 80.0
+
+
+class Options(TypedDict, total=False):
+    """What every contrastive loss takes by name, apart from ``return_stats``, which decides the type of the result."""
+
+    normalize: bool
+    reduction: str
+    backend: str | None
+    group: ProcessGroup | None
+    exchange: str
 
 
 def check_matrix(op: str, argument: str, x, like: str = "(N, D)", dims: int = 2) -> None:

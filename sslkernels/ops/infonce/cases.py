@@ -241,9 +241,9 @@ TOWERS = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 
 def _op(name, torch_ops, grad_args, cases, function=None) -> OpSpec:
-    functions = (getattr(module, function or name) for module in (infonce, reference))
+    public, definition = (getattr(module, function or name) for module in (infonce, reference))
     has_cuda = torch_ops[0] in contrast_op.COMPILED
-    return OpSpec(name, *functions, torch_ops, grad_args, ALL_DTYPES, cases, has_cuda)
+    return OpSpec(name, public, definition, torch_ops, grad_args, ALL_DTYPES, cases, has_cuda)
 
 
 OPS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 
 import torch
 
@@ -14,6 +14,7 @@ from sslkernels.ops.infonce.contrast_reference import full_precision
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 
 class ClipStats(NamedTuple):
@@ -21,6 +22,35 @@ class ClipStats(NamedTuple):
 
     image_to_text: ContrastiveStats
     text_to_image: ContrastiveStats
+
+
+class ClipOptions(arguments.Options, total=False):
+    label_smoothing: float
+    exclude_ids: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None
+
+
+@overload
+def clip_loss(
+    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: float | torch.Tensor,
+    logit_bias: float | torch.Tensor | None = ...,
+    *, return_stats: Literal[False] = ..., **options: Unpack[ClipOptions],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def clip_loss(
+    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: float | torch.Tensor,
+    logit_bias: float | torch.Tensor | None = ...,
+    *, return_stats: Literal[True], **options: Unpack[ClipOptions],
+) -> tuple[torch.Tensor, ClipStats]: ...  # fmt: skip
+
+
+@overload
+def clip_loss(
+    image_features: torch.Tensor, text_features: torch.Tensor, logit_scale: float | torch.Tensor,
+    logit_bias: float | torch.Tensor | None = ...,
+    *, return_stats: bool, **options: Unpack[ClipOptions],
+) -> torch.Tensor | tuple[torch.Tensor, ClipStats]: ...  # fmt: skip
 
 
 def clip_loss(

@@ -82,7 +82,7 @@ def contrast(
 
     The arguments are those of the operator ``contrast_fwd``; ``scale_value`` is the scale where it is known.
     """
-    if normalize_key and key.requires_grad:
+    if normalize_key and key is not None and key.requires_grad:
         raise AssertionError("keys with a gradient are normalised by the caller")
     if backend == "reference" or query.dtype == torch.float64:
         results = contrast_reference.contrast(

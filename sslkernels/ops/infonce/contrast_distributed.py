@@ -5,6 +5,7 @@ With ``peers`` None, every function here is that of `contrast`. See `sslkernels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -218,6 +219,7 @@ class _ClassSums(torch.autograd.Function):
 
 def _sums_among(rows, labels, peers: Peers):
     sums, counts = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device), torch.zeros_like(labels)
+    visits: Iterable[tuple]
     if peers.exchange == "gather":
         visits = [(gather_rows(labels, peers, peers.queries), gather_rows(rows, peers, peers.queries))]
     else:
@@ -248,7 +250,7 @@ def _sums_by_label(labels, others, rows):
 
 def mean_row(rows: torch.Tensor, peers: Peers | None, count: int | None) -> torch.Tensor:
     """(D,) mean of the rows of all ranks; ``count`` is their number where there are peers. 0 of none."""
-    return total(rows.sum(dim=0), peers) / max(len(rows) if peers is None else count, 1)
+    return total(rows.sum(dim=0), peers) / max(len(rows) if count is None else count, 1)
 
 
 def reduced(rows: torch.Tensor, reduction: str, peers: Peers | None, count: int | None = None) -> torch.Tensor:

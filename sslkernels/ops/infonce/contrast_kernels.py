@@ -176,8 +176,8 @@ def _pairs(query, key, skip, query_ids, key_ids, matmul: int, normalize_key: boo
         y = _operand(key, dtype, normalize_key)
     if skip is not None:  # in 32 bits, -1 for every column that does not exist
         skip = torch.where(skip < y.rows, skip, -1).clamp_min(-1).to(torch.int32) if skip.shape[1] else None
-    ids = (None, None) if query_ids is None else (query_ids.contiguous(), key_ids.contiguous())
-    return _Pairs(x, y, *ids, skip, query.shape[1], dtype)
+    x_ids, y_ids = (None, None) if query_ids is None else (query_ids.contiguous(), key_ids.contiguous())
+    return _Pairs(x, y, x_ids, y_ids, skip, query.shape[1], dtype)
 
 
 def _on_definition(query, key) -> bool:

@@ -10,6 +10,7 @@ which ``backend="cuda"`` calls, and which serve the plain ones where Triton is n
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -134,7 +135,12 @@ def _no_double_backward(ctx, *_):
 
 def _register(contrast_fwd: str, contrast_bwd: str, sigmoid_fwd: str, sigmoid_bwd: str) -> None:
     """Shapes and gradients of four operators; the backward of each forward is the one beside it."""
-    fakes = (_contrast_fwd_fake, _contrast_bwd_fake, _sigmoid_contrast_fwd_fake, _sigmoid_contrast_bwd_fake)
+    fakes: tuple[Callable, ...] = (
+        _contrast_fwd_fake,
+        _contrast_bwd_fake,
+        _sigmoid_contrast_fwd_fake,
+        _sigmoid_contrast_bwd_fake,
+    )
     for name, fake in zip((contrast_fwd, contrast_bwd, sigmoid_fwd, sigmoid_bwd), fakes, strict=True):
         torch.library.register_fake(f"sslkernels::{name}", fake)
     for forward, backward, gradients, save in (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,42 @@ from sslkernels.ops.infonce.reference import NORMALIZE_EPS
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
 
 NAME = "info_nce"
 MODES = ("unpaired", "paired")
 QUEUE_ROWS = 8192  # of a queue that are converted at a time, so that no second queue exists
 Ids = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+class InfoNCEOptions(arguments.Options, total=False):
+    negative_mode: str
+    label_smoothing: float
+    exclude_ids: Ids | None
+
+
+@overload
+def info_nce(
+    query: torch.Tensor, positive_key: torch.Tensor, negative_keys: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ...,
+    *, return_stats: Literal[False] = ..., **options: Unpack[InfoNCEOptions],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def info_nce(
+    query: torch.Tensor, positive_key: torch.Tensor, negative_keys: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ...,
+    *, return_stats: Literal[True], **options: Unpack[InfoNCEOptions],
+) -> tuple[torch.Tensor, ContrastiveStats]: ...  # fmt: skip
+
+
+@overload
+def info_nce(
+    query: torch.Tensor, positive_key: torch.Tensor, negative_keys: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ...,
+    *, return_stats: bool, **options: Unpack[InfoNCEOptions],
+) -> torch.Tensor | tuple[torch.Tensor, ContrastiveStats]: ...  # fmt: skip
 
 
 def info_nce(

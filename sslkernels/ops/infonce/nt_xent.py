@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 
@@ -16,6 +16,28 @@ from sslkernels.ops.infonce.contrast import ContrastiveStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+
+@overload
+def nt_xent(
+    z0: torch.Tensor, z1: torch.Tensor, temperature: float | torch.Tensor = ...,
+    *, return_stats: Literal[False] = ..., **options: Unpack[arguments.Options],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def nt_xent(
+    z0: torch.Tensor, z1: torch.Tensor, temperature: float | torch.Tensor = ...,
+    *, return_stats: Literal[True], **options: Unpack[arguments.Options],
+) -> tuple[torch.Tensor, ContrastiveStats]: ...  # fmt: skip
+
+
+@overload
+def nt_xent(
+    z0: torch.Tensor, z1: torch.Tensor, temperature: float | torch.Tensor = ...,
+    *, return_stats: bool, **options: Unpack[arguments.Options],
+) -> torch.Tensor | tuple[torch.Tensor, ContrastiveStats]: ...  # fmt: skip
 
 
 def nt_xent(
@@ -70,6 +92,31 @@ def nt_xent(
     """
     exchanged = (group, exchange)
     return _two_views("nt_xent", z0, z1, temperature, None, normalize, reduction, return_stats, backend, *exchanged)
+
+
+class DecoupledOptions(arguments.Options, total=False):
+    positive_weight: torch.Tensor | None
+
+
+@overload
+def decoupled_nt_xent(
+    z0: torch.Tensor, z1: torch.Tensor, temperature: float | torch.Tensor = ...,
+    *, return_stats: Literal[False] = ..., **options: Unpack[DecoupledOptions],
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def decoupled_nt_xent(
+    z0: torch.Tensor, z1: torch.Tensor, temperature: float | torch.Tensor = ...,
+    *, return_stats: Literal[True], **options: Unpack[DecoupledOptions],
+) -> tuple[torch.Tensor, ContrastiveStats]: ...  # fmt: skip
+
+
+@overload
+def decoupled_nt_xent(
+    z0: torch.Tensor, z1: torch.Tensor, temperature: float | torch.Tensor = ...,
+    *, return_stats: bool, **options: Unpack[DecoupledOptions],
+) -> torch.Tensor | tuple[torch.Tensor, ContrastiveStats]: ...  # fmt: skip
 
 
 def decoupled_nt_xent(

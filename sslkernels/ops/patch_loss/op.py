@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -85,7 +86,7 @@ def _is_last_use(*tensors) -> bool:
 
 def _define(fwd: str, bwd: str) -> None:
     """Schemas, shapes and gradients of a pair of operators."""
-    fakes = (_fwd_fake, _bwd_fake)
+    fakes: tuple[Callable, ...] = (_fwd_fake, _bwd_fake)
     for name, schema, fake in zip((fwd, bwd), SCHEMAS.values(), fakes, strict=True):
         torch.library.define(f"sslkernels::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"sslkernels::{name}", fake)

@@ -7,6 +7,7 @@ forward, so that gradients of any order are right.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -214,7 +215,7 @@ def _patches_bwd_backward(family, ctx, grad):
     return family.gather_patches_fwd(grad, ids, ctx.patch_size), None, None, None
 
 
-GRADIENTS = {
+GRADIENTS: dict[str, tuple[Callable, Callable]] = {
     "random_masking_fwd": (_save_masking, _masking_backward),
     "gather_tokens_fwd": (_save_gather, _gather_backward),
     "gather_tokens_bwd": (_save_gather_bwd, _gather_bwd_backward),

@@ -102,7 +102,5 @@ def restore_tokens(
         pos_embed = arguments.embedding(name, pos_embed, (prefix + tokens, tokens), columns, x_kept.device)
         dtype = torch.promote_types(dtype, pos_embed.dtype)
     arguments.check_backend(name, backend, x_kept.device.type)
-    x_kept, mask_token, pos_embed = (
-        None if tensor is None else tensor.to(dtype) for tensor in (x_kept, mask_token, pos_embed)
-    )
-    return op.family(backend).restore_tokens_fwd(x_kept, ids_restore, mask_token, pos_embed, prefix)
+    mask_token, pos_embed = (None if tensor is None else tensor.to(dtype) for tensor in (mask_token, pos_embed))
+    return op.family(backend).restore_tokens_fwd(x_kept.to(dtype), ids_restore, mask_token, pos_embed, prefix)
