@@ -42,6 +42,7 @@ import cuda_on_cpu
 import hypothesis  # noqa: F401
 import pytest
 import torch
+import torch._dynamo
 import triton.runtime.interpreter  # noqa: F401
 from mutations import MUTATIONS, PROBES, Mutation
 
@@ -203,9 +204,10 @@ class Record:
 
 def run_tests(file: str, tests: str, outcome: Outcome) -> None:
     record, text = Record(), io.StringIO()
-    plugins = [f"-pno:{name}" for name in ("cacheprovider", "xdist", "benchmark")]
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    options = ["-x", "-k", tests, f"--rootdir={ROOT}", "-pno:cacheprovider"]
     with contextlib.redirect_stdout(text):
-        status = pytest.main([str(ROOT / "tests" / file), "-x", "-k", tests, f"--rootdir={ROOT}", *plugins], [record])
+        status = pytest.main([str(ROOT / "tests" / file), *options], [record])
     outcome.tests, outcome.failed_tests = record.ran, record.failed
     if status != bool(record.failed):
         outcome.error = f"pytest ended with {status!r}: {text.getvalue()}"
