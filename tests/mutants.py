@@ -42,7 +42,7 @@ import cuda_on_cpu
 import hypothesis  # noqa: F401
 import pytest
 import torch
-import torch._dynamo
+import torch._dynamo.testing
 import triton.runtime.interpreter  # noqa: F401
 from mutations import MUTATIONS, PROBES, Mutation
 
@@ -205,7 +205,15 @@ class Record:
 def run_tests(file: str, tests: str, outcome: Outcome) -> None:
     record, text = Record(), io.StringIO()
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    options = ["-x", "-k", tests, f"--rootdir={ROOT}", "-pno:cacheprovider"]
+    options = [
+        "-x",
+        "-k",
+        tests,
+        f"--rootdir={ROOT}",
+        "--assert=plain",
+        "-pno:cacheprovider",
+        "-pno:unraisableexception",
+    ]
     with contextlib.redirect_stdout(text):
         status = pytest.main([str(ROOT / "tests" / file), *options], [record])
     outcome.tests, outcome.failed_tests = record.ran, record.failed

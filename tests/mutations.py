@@ -104,12 +104,12 @@ CPP = (
         "type.load(x[d]) + type.load(y[d])", "d + 1 < columns ? type.load(x[d]) + type.load(y[d]) : type.load(x[d])",
     ),
     Mutation(
-        "cpp", "gather_tokens", TAIL, "what no vector holds is not copied", "csrc/cpu/patch_mask_kernel.h",
-        "__builtin_memcpy(target + at, source + at, 2)", "__builtin_memset(target + at, 0, 2)", quick=True,
-    ),
-    Mutation(
         "cpp", "restore_tokens", BF16, "the gradients summed over the batch", "csrc/cpu/patch_mask_kernel.h",
         "total[d] += sum[d]", "total[d] = mutant::bf16(total[d] + sum[d])",
+    ),
+    Mutation(
+        "cpp", "gather_tokens", TAIL, "what no vector holds is not copied", "csrc/cpu/patch_mask_kernel.h",
+        "__builtin_memcpy(target + at, source + at, 2)", "__builtin_memset(target + at, 0, 2)", quick=True,
     ),
     Mutation(
         "cpp", "masked_patch_loss", SIGN, "of the target", "csrc/cpu/patch_loss_kernel.h",
@@ -313,21 +313,49 @@ EAGER = "test_as_exact_as_eager and float32 and "
 PROBES = {
     ("cpp", "nt_xent"): Probe(("odd", "tau_0.01", "rows"), "test_infonce.py", EAGER + "(odd or rows)"),
     ("cpp", "info_nce"): Probe(("odd", "excluded"), "test_contrast.py", EAGER + "info_nce-odd"),
-    ("cpp", "ema_update_"): Probe(("three", "tiny"), "test_ema.py", "test_as_exact_as_lerp and None-three-torch.float32"),
-    ("cpp", "gather_tokens"): Probe(("repeated",), "test_patch_mask.py", "test_as_exact_as_eager and gather_tokens-repeated-float32"),
-    ("cpp", "restore_tokens"): Probe(("mae", "odd"), "test_patch_mask.py", "test_as_exact_as_eager and restore_tokens and float32"),
+    ("cpp", "ema_update_"): Probe(
+        ("three", "tiny"), "test_ema.py", "test_as_exact_as_lerp and None-three-torch.float32"
+    ),
+    ("cpp", "gather_tokens"): Probe(
+        ("repeated",), "test_patch_mask.py", "test_as_exact_as_eager and gather_tokens-repeated-float32"
+    ),
+    ("cpp", "restore_tokens"): Probe(
+        ("mae", "odd"), "test_patch_mask.py", "test_as_exact_as_eager and restore_tokens and float32"
+    ),
     ("cpp", "masked_patch_loss"): Probe(("n2_56", "odd"), "test_patch_loss.py", EAGER + "None and (n2_56 or odd)"),
-    ("triton", "nt_xent"): Probe(("three_columns", "zero_rows"), "test_infonce_triton.py", "test_fp32_is_as_exact_as_eager and (three_columns or zero_rows)"),
-    ("triton", "info_nce"): Probe(("excluded", "one_column"), "test_contrast_triton.py", "test_fp32_is_as_exact_as_eager and (info_nce-excluded or info_nce-one_column)"),
-    ("triton", "ema_update_"): Probe(("three", "tiny"), "test_ema_gpu.py", "test_triton_gives_the_bits_of_the_cpu and float32"),
-    ("triton", "restore_tokens"): Probe(("mae", "odd"), "test_patch_mask_triton.py", "test_public_functions_are_as_exact_as_eager and restore_tokens"),
-    ("triton", "masked_patch_loss"): Probe(("n2_56", "odd"), "test_patch_loss_gpu.py", "test_triton_is_as_exact_as_eager and float32 and (n2_56 or odd)"),
-    ("cuda", "info_nce"): Probe(("excluded", "one_column"), "test_contrast_cuda.py", EAGER + "(info_nce-excluded or info_nce-one_column)"),
+    ("triton", "nt_xent"): Probe(
+        ("three_columns", "zero_rows"),
+        "test_infonce_triton.py",
+        "test_fp32_is_as_exact_as_eager and (three_columns or zero_rows)",
+    ),
+    ("triton", "info_nce"): Probe(
+        ("excluded", "one_column"),
+        "test_contrast_triton.py",
+        "test_fp32_is_as_exact_as_eager and (info_nce-excluded or info_nce-one_column)",
+    ),
+    ("triton", "ema_update_"): Probe(
+        ("three", "tiny"), "test_ema_gpu.py", "test_triton_gives_the_bits_of_the_cpu and float32"
+    ),
+    ("triton", "restore_tokens"): Probe(
+        ("mae", "odd"), "test_patch_mask_triton.py", "test_public_functions_are_as_exact_as_eager and restore_tokens"
+    ),
+    ("triton", "masked_patch_loss"): Probe(
+        ("n2_56", "odd"), "test_patch_loss_gpu.py", "test_triton_is_as_exact_as_eager and float32 and (n2_56 or odd)"
+    ),
+    ("cuda", "info_nce"): Probe(
+        ("excluded", "one_column"), "test_contrast_cuda.py", EAGER + "(info_nce-excluded or info_nce-one_column)"
+    ),
     ("cuda", "info_nce_queue"): Probe(("odd",), "test_contrast_cuda.py", EAGER + "info_nce_queue-odd"),
     ("cuda", "ema_update_"): Probe(("three", "tiny"), "test_ema_gpu.py", "test_cuda_gives_the_bits and float32-0"),
     ("cuda", "restore_tokens"): Probe(("mae", "odd"), "test_patch_mask_cuda.py", EAGER + "restore_tokens"),
-    ("cuda", "masked_patch_loss"): Probe(("n2_56", "odd"), "test_patch_loss_gpu.py", "test_cuda_is_as_exact_as_eager and float32 and (n2_56 or odd)"),
+    ("cuda", "masked_patch_loss"): Probe(
+        ("n2_56", "odd"), "test_patch_loss_gpu.py", "test_cuda_is_as_exact_as_eager and float32 and (n2_56 or odd)"
+    ),
     ("reference", "nt_xent"): Probe(("odd", "rows"), "test_infonce.py", EAGER + "(odd or rows)"),
-    ("reference", "ema_update_"): Probe(("three",), "test_ema.py", "test_as_exact_as_lerp and None-three-torch.float32"),
-    ("reference", "masked_patch_loss"): Probe(("n2_56", "odd"), "test_patch_loss.py", EAGER + "None and (n2_56 or odd)"),
+    ("reference", "ema_update_"): Probe(
+        ("three",), "test_ema.py", "test_as_exact_as_lerp and None-three-torch.float32"
+    ),
+    ("reference", "masked_patch_loss"): Probe(
+        ("n2_56", "odd"), "test_patch_loss.py", EAGER + "None and (n2_56 or odd)"
+    ),
 }  # what shows each backend and op to be right: a few small cases
