@@ -34,9 +34,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 # what an examination needs and takes seconds to load, but nothing of ours, which each loads with its change
 import cuda_on_cpu
 import hypothesis  # noqa: F401
@@ -46,6 +43,7 @@ import torch._dynamo.testing
 import triton.runtime.interpreter  # noqa: F401
 from mutations import MUTATIONS, PROBES, Mutation
 
+ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cpp", "triton", "cuda", "reference")
 EXTENSION = ROOT / f"build/ext-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 CPU_LOOPS = "csrc/cpu/isa/baseline.cpp"
@@ -173,6 +171,7 @@ class Libraries:
             copy.write_text(broken(mutation, (ROOT / mutation.file).read_text(), mutation.after))
             files[mutation.file.removesuffix(".py").replace("/", ".")] = copy
         sys.meta_path.insert(0, Instead(files))
+        sys.path.insert(0, str(ROOT))
 
 
 def libraries(mutations: Sequence[Mutation], work: Path) -> Libraries:
