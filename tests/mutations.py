@@ -169,6 +169,10 @@ TRITON = (
         "sums += tl.sum(terms, 1)", f"sums = (sums + tl.sum(terms, 1)){BF16_CAST}",
     ),
     Mutation(
+        "triton", "info_nce_queue", NORM, "the keys keep their length", f"{INFONCE}/contrast_triton.py",
+        "factor = inverse_norm", "factor = tl.zeros_like(inverse_norm) + 1",
+    ),
+    Mutation(
         "triton", "ema_update_", SIGN, "away from the student", "sslkernels/ops/ema/kernels.py",
         "student - value, tl.where", "value - student, tl.where",
     ),
@@ -226,13 +230,13 @@ CUDA = (
         "(product - term.shift) * scale.steepness - term.rest", "product * scale.steepness",
     ),
     Mutation(
-        "cuda", "info_nce_queue", NORM, "the keys keep their length", "csrc/cuda/contrast_chunk.cuh",
-        "values[i] / length", "values[i]",
-    ),
-    Mutation(
         "cuda", "info_nce", BF16, "a row's sum", "csrc/cuda/contrast_forward.cuh",
         "next.sum += exp2f((x[k] - next.largest) * scale.steepness)",
         "next.sum = mutant::bf16(next.sum + exp2f((x[k] - next.largest) * scale.steepness))", quick=True,
+    ),
+    Mutation(
+        "cuda", "info_nce_queue", NORM, "the keys keep their length", "csrc/cuda/contrast_chunk.cuh",
+        "values[i] / length", "values[i]",
     ),
     Mutation(
         "cuda", "ema_update_", SIGN, "away from the student", "csrc/cuda/ema.cuh", "fmaf(factor, difference, base)",
@@ -333,6 +337,9 @@ PROBES = {
         "test_contrast_triton.py",
         "test_fp32_is_as_exact_as_eager and (info_nce-excluded or info_nce-tau_negative)",
     ),
+    ("triton", "info_nce_queue"): Probe(
+        ("lengths",), "test_contrast_triton.py", "test_fp32_is_as_exact_as_eager and info_nce_queue-lengths"
+    ),
     ("triton", "ema_update_"): Probe(
         ("three", "tiny"), "test_ema_gpu.py", "test_triton_gives_the_bits_of_the_cpu and float32"
     ),
@@ -345,7 +352,7 @@ PROBES = {
     ("cuda", "info_nce"): Probe(
         ("excluded", "one_column"), "test_contrast_cuda.py", EAGER + "(info_nce-excluded or info_nce-one_column)"
     ),
-    ("cuda", "info_nce_queue"): Probe(("odd",), "test_contrast_cuda.py", EAGER + "info_nce_queue-odd"),
+    ("cuda", "info_nce_queue"): Probe(("lengths",), "test_contrast_cuda.py", EAGER + "info_nce_queue-lengths"),
     ("cuda", "ema_update_"): Probe(("three", "tiny"), "test_ema_gpu.py", "test_cuda_gives_the_bits and float32-0"),
     ("cuda", "restore_tokens"): Probe(("mae", "odd"), "test_patch_mask_cuda.py", EAGER + "restore_tokens"),
     ("cuda", "masked_patch_loss"): Probe(
