@@ -13,7 +13,7 @@ PIP = $(VENV_PYTHON) -m pip --disable-pip-version-check
 CPP = $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/cpp/*.* $(addprefix tests/cuda_on_cpu/*.,h cuh cpp))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs lint format sanitize triton-report cuda-report wheel build clean
+.PHONY: help demo test mutate bench docs lint format sanitize triton-report cuda-report wheel build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -24,6 +24,9 @@ demo: build ## train SimCLR on the embedded digits and print the result
 
 test: build ## run the whole test suite
 	$(VENV_PYTHON) -m pytest -n $(JOBS) --dist loadfile
+
+mutate: build ## break every kernel in the ways of tests/mutations.py and see that verify and the tests notice
+	$(VENV_PYTHON) tests/mutants.py
 
 bench: build .venv/.bench ## measure against eager, torch.compile and lightly: JSON and a table (DEVICE=cuda on a GPU)
 	$(VENV_PYTHON) -m sslkernels bench --device $(DEVICE)

@@ -20,23 +20,35 @@ BACKENDS = ("cpp", "triton", "cuda", "reference")
 QUICK = {backend: [m for m in MUTATIONS if m.backend == backend and m.quick] for backend in BACKENDS}
 
 
+def missing(backend: str) -> str:
+    """Why kernels of a backend cannot be broken here, or an empty string."""
+    if backend in ("cpp", "cuda") and not shutil.which("g++"):
+        return "g++ is not installed"
+    return _library.extension_error if backend == "cpp" else ""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What became of the mutations of every backend that is here."""
+    file = tmp_path_factory.mktemp("mutants") / "outcomes.json"
+    backends = [f"--backend={backend}" for backend in BACKENDS if not missing(backend)]
+    command = [sys.executable, "tests/mutants.py", "--quick", *backends, "--json", str(file)]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return (json.loads(file.read_text()) if file.exists() else []), result.stdout
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_verify_and_the_tests_catch_every_broken_kernel(backend, tmp_path):
-    if backend in ("cpp", "cuda"):
-        require_or_skip(shutil.which("g++"), "g++ is not installed")
-    if backend == "cpp":
-        require_or_skip(_library.extension, _library.extension_error)
-    file = tmp_path / "outcomes.json"
-    command = [sys.executable, "tests/mutants.py", "--quick", "--backend", backend, "--json", str(file)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    outcomes = json.loads(file.read_text())
-    broken = {MUTATIONS[outcome["mutation"] - 1] for outcome in outcomes if outcome["mutation"]}
-    assert broken == set(QUICK[backend])
-    assert all(outcome["failed_checks"] and outcome["failed_tests"] for outcome in outcomes if outcome["mutation"])
-    unchanged = [outcome for outcome in outcomes if not outcome["mutation"]]
-    assert {outcome["op"] for outcome in unchanged} == {mutation.op for mutation in broken}
-    assert not any(outcome["failed_checks"] or outcome["failed_tests"] for outcome in unchanged)
+def test_verify_and_the_tests_catch_every_broken_kernel(backend, outcomes):
+    require_or_skip(not missing(backend), missing(backend))
+    found, text = [outcome for outcome in outcomes[0] if outcome["backend"] == backend], outcomes[1]
+    broken = {MUTATIONS[outcome["mutation"] - 1]: outcome for outcome in found if outcome["mutation"]}
+    unchanged = {outcome["op"]: outcome for outcome in found if not outcome["mutation"]}
+    assert set(broken) == set(QUICK[backend]), text
+    assert set(unchanged) == {mutation.op for mutation in broken}
+    assert not any(outcome["error"] for outcome in found), text
+    assert all(outcome["failed_checks"] and outcome["failed_tests"] for outcome in broken.values()), text
+    assert not any(outcome["failed_checks"] or outcome["failed_tests"] for outcome in unchanged.values()), text
+    assert all(outcome["checks"] and outcome["tests"] for outcome in found), text
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
