@@ -260,18 +260,27 @@ def on_backend(backend: str, spec) -> Iterator[Callable]:
             yield spec.function
 
 
-def run_verify(backend: str, op: str, cases: Sequence[str], outcome: Outcome) -> None:
-    """`sslkernels verify` of these cases in fp32, but for what it asks of torch's compiler."""
+def run_verify(backend: str, op: str, cases: Sequence[str], work: Path, outcome: Outcome) -> None:
+    """The command `sslkernels verify` on these cases in fp32, but for what it asks of torch's compiler."""
     from sslkernels import backends, registry, verify
 
     (spec,) = (spec for spec in registry.ops() if spec.name == op)
     by_name = {case.name: case for case in spec.tagged("verify")}
     label = "fallback" if backend == "reference" else backends()[op]["cpu"].active
-    with on_backend(backend, spec) as function:
-        spec = dataclasses.replace(spec, function=function, cases=tuple(by_name[name] for name in cases))
-        with mock.patch.object(registry, "ops", lambda: iter([spec])), mock.patch.object(verify, "PLAIN_CASES", 0):
-            checks, _ = verify.verify([op], [torch.float32], ["cpu"], label)
-    outcome.checks, outcome.failed_checks = len(checks), [str(check) for check in checks if not check.passed]
+    file, text, parser = work / "verify.json", io.StringIO(), argparse.ArgumentParser()
+    with on_backend(backend, spec) as function, contextlib.redirect_stdout(text):
+        # opcheck and torch.compile, which take seconds, are for an op's first dtype
+        chosen = {"cases": tuple(by_name[name] for name in cases), "dtypes": (torch.bfloat16, torch.float32)}
+        spec = dataclasses.replace(spec, function=function, **chosen)
+        with mock.patch.object(registry, "ops", lambda: iter([spec])):
+            verify.add_arguments(parser)
+            asked = f"--op={op} --dtype=float32 --device=cpu --backend={label} --json={file}"
+            status = verify.main(parser.parse_args(asked.split()))
+    checks = json.loads(file.read_text())["checks"]
+    failed = [f"{check['case']}: {check['name']}" for check in checks if not check["passed"]]
+    outcome.checks, outcome.failed_checks = len(checks), failed
+    if status != bool(failed):
+        outcome.error = f"verify ended with {status}: {text.getvalue()}"
 
 
 def examine(outcome: Outcome, made: Libraries) -> None:
@@ -279,7 +288,7 @@ def examine(outcome: Outcome, made: Libraries) -> None:
     made.put_in_place(outcome.backend, outcome.mutation)
     probe = PROBES[outcome.backend, outcome.op]
     run_tests(probe.test_file, probe.tests, outcome)
-    run_verify(outcome.backend, outcome.op, probe.cases, outcome)
+    run_verify(outcome.backend, outcome.op, probe.cases, made.work, outcome)
 
 
 def examined(outcome: Outcome, made: Libraries) -> Outcome:

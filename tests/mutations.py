@@ -48,7 +48,7 @@ CPP = (
     ),
     Mutation(
         "cpp", "nt_xent", TAIL, "columns beyond a multiple of 8 are left out of inner products",
-        "csrc/cpu/logit_rows.h", "static_cast<double>(a[c]) * b[c]", "0.0", quick=True,
+        "csrc/cpu/logit_rows.h", "static_cast<double>(a[c]) * b[c]", "0.0",
     ),
     Mutation(
         "cpp", "nt_xent", NORM, "rows keep their length", "csrc/cpu/logit_rows.h", "scale = packed = 1 / length",
@@ -109,7 +109,7 @@ CPP = (
     ),
     Mutation(
         "cpp", "gather_tokens", TAIL, "what no vector holds is not copied", "csrc/cpu/patch_mask_kernel.h",
-        "__builtin_memcpy(target + at, source + at, 2)", "__builtin_memset(target + at, 0, 2)", quick=True,
+        "__builtin_memcpy(target + at, source + at, 2)", "__builtin_memset(target + at, 0, 2)",
     ),
     Mutation(
         "cpp", "masked_patch_loss", SIGN, "of the target", "csrc/cpu/patch_loss_kernel.h",
@@ -122,7 +122,7 @@ CPP = (
     ),
     Mutation(
         "cpp", "masked_patch_loss", NORM, "pixels keep their variance", "csrc/cpu/patch_loss_kernel.h",
-        "1 / __builtin_sqrt(variance + eps)", "1.0", quick=True,
+        "1 / __builtin_sqrt(variance + eps)", "1.0",
     ),
     Mutation(
         "cpp", "masked_patch_loss", BF16, "the sum of squares", "csrc/cpu/patch_loss_kernel.h",
@@ -137,7 +137,7 @@ TRITON = (
     ),
     Mutation(
         "triton", "nt_xent", TAIL, "the last pair is no negative", f"{INFONCE}/nt_xent_triton.py",
-        "(columns < N)[None, :]", "(columns < N - 1)[None, :]", quick=True,
+        "(columns < N)[None, :]", "(columns < N - 1)[None, :]",
     ),
     Mutation(
         "triton", "nt_xent", NORM, "rows keep their length", f"{INFONCE}/shared_triton.py",
@@ -186,7 +186,7 @@ TRITON = (
     ),
     Mutation(
         "triton", "restore_tokens", SIGN, "of the gradients summed over the batch", f"{TOKENS}/tokens_triton.py",
-        "pos_sum += grad", "pos_sum -= grad", quick=True,
+        "pos_sum += grad", "pos_sum -= grad",
     ),
     Mutation(
         "triton", "restore_tokens", TAIL, "the last column gets no position", f"{TOKENS}/tokens_triton.py",
@@ -207,7 +207,7 @@ TRITON = (
     ),
     Mutation(
         "triton", "masked_patch_loss", NORM, "pixels keep their variance", "sslkernels/ops/patch_loss/kernels.py",
-        "return x / tl.sqrt_rn", "return x + 0 * tl.sqrt_rn", quick=True,
+        "return x / tl.sqrt_rn", "return x + 0 * tl.sqrt_rn",
     ),
     Mutation(
         "triton", "masked_patch_loss", BF16, "the sum of squares", "sslkernels/ops/patch_loss/kernels.py",
@@ -245,7 +245,7 @@ CUDA = (
     Mutation(
         "cuda", "ema_update_", TAIL, "the last element stays", "csrc/cuda/ema.cuh",
         "begin + kBlockElements < entry.count ? begin + kBlockElements : entry.count",
-        "begin + kBlockElements < entry.count ? begin + kBlockElements : entry.count - 1", quick=True,
+        "begin + kBlockElements < entry.count ? begin + kBlockElements : entry.count - 1",
     ),
     Mutation(
         "cuda", "ema_update_", BF16, "the new teacher", "csrc/cuda/ema.cuh", "Teacher::store(rounded)",
