@@ -108,6 +108,12 @@ def _towers(rows: int, columns: int, dim: int, device, dtype, *, noise=0.5, seed
     return [torch.nn.functional.normalize(side, dim=1).to(device=device, dtype=dtype) for side in sides]
 
 
+def _stretched(x: torch.Tensor) -> torch.Tensor:
+    """The rows at lengths from 1/2 to 4, which whoever does not normalise them notices."""
+    lengths = torch.linspace(-1, 2, x.shape[-2]).exp2()
+    return x * lengths[:, None].to(x)
+
+
 def _ids(count: int, device) -> torch.Tensor:
     """Every fifth id is that of the row before."""
     ids = torch.arange(count)
@@ -115,7 +121,9 @@ def _ids(count: int, device) -> torch.Tensor:
     return ids.to(device)
 
 
-def _info_nce(name, rows, dim, temperature, tags=("verify",), *, noise=0.5, negatives=None, ids=False, **options):
+def _info_nce(
+    name, rows, dim, temperature, tags=("verify",), *, noise=0.5, negatives=None, ids=False, stretch=False, **options
+):
     """``negatives``: None for the batch, K for a queue, or (M,) for M of each query's own."""
     paired = isinstance(negatives, tuple)
     columns = rows if negatives is None else negatives[0] if paired else negatives
@@ -131,15 +139,21 @@ def _info_nce(name, rows, dim, temperature, tags=("verify",), *, noise=0.5, nega
         if ids:
             own = _ids(rows, device)
             made["exclude_ids"] = own if negatives is None else (own, _ids(columns, device))
+        for name in ("query", "positive_key", "negative_keys") if stretch else ():
+            made[name] = made[name] if made[name] is None else _stretched(made[name])
         return made
 
     units = (1.0, 3.0) if negatives is None else (2.0, 0.0)
     return Case(name, make, contrast_cost(rows, columns, dim, units), frozenset(tags))
 
 
-def _clip(name, rows, columns, dim, scale, bias=None, tags=("verify",), *, noise=0.5, ids="", **options) -> Case:
+def _clip(
+    name, rows, columns, dim, scale, bias=None, tags=("verify",), *, noise=0.5, ids="", stretch=False, **options
+) -> Case:
     def make(device, dtype):
         images, texts = _towers(rows, columns, dim, device, dtype, noise=noise)
+        if stretch:
+            images, texts = _stretched(images), _stretched(texts)
         made = {"image_features": images, "text_features": texts, "logit_scale": scale, "logit_bias": bias, **options}
         return made | ({ids: (_ids(rows, device), _ids(columns, device))} if ids else {})
 
@@ -171,6 +185,7 @@ INFO_NCE_CASES = (
     _info_nce("not_normalized", 100, 64, 0.5, ("verify", "edge"), normalize=False, reduction="sum"),
     _info_nce("excluded", 90, 64, 0.1, ("verify", "edge"), ids=True, reduction="none"),
     _info_nce("smoothed", 90, 64, 0.1, ("verify", "edge"), label_smoothing=0.1),
+    _info_nce("lengths", 60, 48, 0.1, ("verify", "edge"), stretch=True),
     _info_nce("queue_with_grad", 70, 64, 0.1, ("verify", "edge"), negatives=300),
     _info_nce("paired", 40, 64, 0.1, ("edge",), negatives=(7,)),
 )
@@ -183,6 +198,7 @@ INFO_NCE_QUEUE_CASES = (
     _info_nce("not_normalized", 60, 64, 0.5, ("verify", "edge"), normalize=False, negatives=200, reduction="none"),
     _info_nce("excluded", 60, 64, 0.1, ("verify", "edge"), ids=True, negatives=200),
     _info_nce("smoothed", 60, 64, 0.1, ("verify", "edge"), negatives=200, label_smoothing=0.2),
+    _info_nce("lengths", 40, 48, 0.2, ("verify", "edge"), negatives=200, stretch=True),
     _info_nce("empty_queue", 60, 64, 0.1, ("edge",), negatives=0),
 )
 CLIP_CASES = (
@@ -191,7 +207,7 @@ CLIP_CASES = (
     _clip("n4096_d512", 4096, 4096, 512, 100.0, tags=("bench",), noise=4.0),
     _clip("rectangular", 70, 131, 64, 10.0, -3.0, tags=("verify", "edge")),
     _clip("tall", 131, 70, 33, 20.0, tags=("verify", "edge"), reduction="none"),
-    _clip("normalized", 90, 90, 64, 10.0, 1.0, tags=("verify", "edge"), normalize=True),
+    _clip("normalized", 90, 90, 64, 10.0, 1.0, tags=("verify", "edge"), normalize=True, stretch=True),
     _clip("excluded", 90, 90, 64, 10.0, tags=("verify", "edge"), ids="exclude_ids", reduction="sum"),
     _clip("smoothed", 60, 77, 64, 10.0, tags=("verify", "edge"), label_smoothing=0.1),
     _clip("one_pair", 1, 1, 64, 10.0, tags=("verify", "edge")),
@@ -201,7 +217,18 @@ SIGMOID_CASES = (
     _clip("n256_d128", 256, 256, 128, 10.0, -10.0, tags=("verify", "bench", "aot_bf16")),
     _clip("n4096_d512", 4096, 4096, 512, 10.0, -10.0, tags=("bench",)),
     _clip("rectangular", 70, 131, 33, 100.0, -3.0, tags=("verify", "edge"), reduction="none"),
-    _clip("many_positives", 90, 77, 64, 10.0, -2.0, tags=("verify", "edge"), ids="positive_ids", normalize=True),
+    _clip(
+        "many_positives",
+        90,
+        77,
+        64,
+        10.0,
+        -2.0,
+        tags=("verify", "edge"),
+        ids="positive_ids",
+        normalize=True,
+        stretch=True,
+    ),
     _clip("one_pair", 1, 1, 64, 10.0, -10.0, tags=("verify", "edge")),
     _clip("no_pair", 0, 5, 64, 10.0, -10.0, tags=("edge",)),
 )
