@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -321,14 +322,20 @@ class Sanitize(Command):
             for name in SANITIZERS
             for program in [*self.build(cxx, name), *build_cuda_on_cpu_programs(cxx, name)]
         ]
-        for program in programs:
-            # ThreadSanitizer's shadow memory wants the addresses that randomisation may take
-            fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
-            environment = {**SANITIZER_ENVIRONMENT, **os.environ}
-            print(f"--- {program}", flush=True)
-            if subprocess.run([*fixed, str(ROOT / program)], cwd=ROOT, env=environment).returncode:
-                raise CompileError(f"{program} failed")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # most have one thread
+            for program, result in zip(programs, pool.map(self.run_program, programs), strict=True):
+                print(f"--- {program}\n{result.stdout}", end="", flush=True)
+                if result.returncode:
+                    raise CompileError(f"{program} failed")
         print(f"{len(programs)} passed, 0 failed")
+
+    @staticmethod
+    def run_program(program: str) -> subprocess.CompletedProcess:
+        # ThreadSanitizer's shadow memory wants the addresses that randomisation may take
+        fixed = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
+        environment = {**SANITIZER_ENVIRONMENT, **os.environ}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.run([*fixed, str(ROOT / program)], cwd=ROOT, env=environment, **streams)
 
     def build(self, cxx: list[str], name: str) -> list[str]:
         isas, _ = isa_sources(cxx, self.warn)
