@@ -85,7 +85,7 @@ def _cuda_backend(found: list[str], has_cuda: bool, has_triton: bool = True) -> 
     if not has_cuda:
         absent["cuda"] = "this op has no kernel in CUDA C++"
     elif "cuda" not in found:
-        absent["cuda"] = extension_error or "the extension was built where nvcc was not found, or with one too old"
+        absent["cuda"] = extension_error or "the extension was built without nvcc"
     if not has_triton:
         absent["triton"] = "this op has no kernel in Triton"
     elif triton_error():
