@@ -3,6 +3,8 @@
 PYTHON ?= python3
 # a pair that fits together; "make TORCH='torch torchvision'" takes the newest
 TORCH ?= torch==2.14.1 torchvision==0.29.1
+# a release before, without CUDA, under which test-wheel runs what was built against the other
+OLD_TORCH ?= torch==2.13.0+cpu
 DEVICE ?= cpu
 # processes that run the tests, each a file at a time
 JOBS ?= 2
@@ -13,7 +15,7 @@ PIP = $(VENV_PYTHON) -m pip --disable-pip-version-check
 CPP = $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* tests/cpp/*.* $(addprefix tests/cuda_on_cpu/*.,h cuh cpp))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench docs lint format sanitize triton-report cuda-report wheel build clean
+.PHONY: help demo test bench docs lint format sanitize triton-report cuda-report wheel test-wheel build clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -55,6 +57,9 @@ format: .venv/.installed ## rewrite the sources in that style
 wheel: .venv/.installed ## build dist/*.whl against the torch of .venv
 	@rm -rf build/lib.* # setuptools would pack modules that are long deleted
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+test-wheel: wheel ## use the wheel, and that of the source distribution, under two versions of torch (needs network)
+	$(VENV_PYTHON) tests/wheels.py dist $(OLD_TORCH)
 
 build: .venv/.installed ## bring the compiled extension up to date
 	@$(VENV_PYTHON) setup.py -q build_ext --inplace

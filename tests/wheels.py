@@ -2,8 +2,8 @@
 
 The source distribution holds what git tracks and nothing else, and the very same wheel comes of it. The wheel goes into
 two environments that have nothing but torch and numpy: the torch that it was built against, which is linked from this
-environment, and an older one, which is downloaded. In each everything public is imported, the C++ kernels serve every op,
-and `sslkernels info` and `sslkernels verify` end well.
+environment, and an older one, which is downloaded. In each of them everything public is imported, the C++ kernels serve
+every op, and `sslkernels info` and `sslkernels verify` end well.
 
     python tests/wheels.py dist torch==2.13.0+cpu
 """
@@ -47,13 +47,13 @@ print(f"torch {torch.__version__}: {len(active)} ops, the C++ kernels serve them
 """
 
 
-def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
     """The output of a command that ends well, free of what this process would have it import."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     result = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
-        env={**inherited, **environment},
+        env={**inherited, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -110,41 +110,51 @@ def environment(folder: Path) -> Path:
     return folder / "bin/python"
 
 
-def linked(folder: Path) -> Path:
-    """An environment with this one's torch and numpy and what they require, as links: a copy would take gigabytes."""
+def linked(folder: Path, wheel: Path) -> Path:
+    """An environment with the wheel and links to this one's torch and numpy: a copy would take gigabytes.
+
+    pip writes through links, into what they point to: it is done before there are any.
+    """
     python = environment(folder)
+    run(*PIP, "--python", python, "install", "-q", "--no-index", "--no-deps", "--no-compile", wheel)
     target = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    pending, known = ["torch", "numpy"], set()
-    while pending:
-        distribution = metadata.distribution(pending.pop())
-        for file in distribution.files or ():
-            top = file.parts[0]
-            if top not in ("..", "__pycache__") and not (target / top).exists():
+    for name in required("torch", "numpy"):
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            if not (target / top).exists():  # nvidia's packages share one
                 (target / top).symlink_to(distribution.locate_file(top))
-        for requirement in map(Requirement, distribution.requires or ()):
-            wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-            if wanted and requirement.name not in known:
-                known.add(requirement.name)
-                pending.append(requirement.name)
     return python
 
 
-def downloaded(folder: Path, torch: str) -> Path:
-    """An environment with another torch."""
+def required(*names: str) -> set[str]:
+    """Distributions with all that they require here."""
+    pending, found = [(name, frozenset()) for name in names], set()
+    while pending:
+        name, extras = pending.pop()
+        if (name, extras) in found:
+            continue
+        found.add((name, extras))
+        for requirement in map(Requirement, metadata.requires(name) or ()):
+            asked = [{"extra": extra} for extra in extras or ("",)]
+            if requirement.marker is None or any(map(requirement.marker.evaluate, asked)):
+                pending.append((requirement.name, frozenset(requirement.extras)))
+    return {name for name, _ in found}
+
+
+def downloaded(folder: Path, wheel: Path, torch: str) -> Path:
+    """An environment with another torch, as pip makes it."""
     python = environment(folder)
     options = ["-q", "--no-compile", "--retries", "1", "--extra-index-url", CPU_BUILDS]
-    run(*PIP, "--python", python, "install", *options, torch, "numpy")
+    run(*PIP, "--python", python, "install", *options, torch, wheel)
     return python
 
 
-def check_use(python: Path, wheel: Path, elsewhere: Path) -> str:
-    """Install the wheel and use it as its first user does, from a folder that has nothing to do with it."""
-    run(*PIP, "--python", python, "install", "-q", "--no-index", "--no-compile", wheel)  # torch and numpy must do
+def check_use(python: Path, elsewhere: Path, **variables: str) -> str:
+    """Use the wheel as its first user does, from a folder that has nothing to do with it."""
     program = python.with_name("sslkernels")
-    said = run(python, "-I", "-c", USE, cwd=elsewhere)
-    run(program, "info", cwd=elsewhere)
-    run(program, "info", "--json", cwd=elsewhere)
-    verdict = run(program, "verify", *VERIFIED, cwd=elsewhere)
+    said = run(python, "-c", USE, cwd=elsewhere, **variables)
+    run(program, "info", cwd=elsewhere, **variables)
+    verdict = run(program, "verify", *VERIFIED, cwd=elsewhere, **variables)
     return said + verdict.rstrip().splitlines()[-1]
 
 
@@ -156,11 +166,12 @@ def main(dist: str, old_torch: str) -> None:
         for part in ("source", "again", "elsewhere"):
             folders[part].mkdir()
         started = time.monotonic()
-        old = pool.submit(lambda: check_use(downloaded(folders["old"], old_torch), wheel, folders["elsewhere"]))
+        old = pool.submit(lambda: check_use(downloaded(folders["old"], wheel, old_torch), folders["elsewhere"]))
         source = build_source(folders["source"])
         check_wheel(wheel, build_wheel(source, folders["again"]))
         print(f"{source.name} holds what git tracks, and {wheel.name} comes of it", flush=True)
-        print(check_use(linked(folders["new"]), wheel, folders["elsewhere"]), flush=True)
+        alone = {"PYTHONDONTWRITEBYTECODE": "1"}  # nothing is to appear beside what is linked
+        print(check_use(linked(folders["new"], wheel), folders["elsewhere"], **alone), flush=True)
         print(old.result(), flush=True)
         print(f"all in {time.monotonic() - started:.0f} s")
 
