@@ -3,7 +3,7 @@
 PYTHON ?= python3
 # a pair that fits together; "make TORCH='torch torchvision'" takes the newest
 TORCH ?= torch==2.14.1 torchvision==0.29.1
-# what the wheel is used with besides
+# a release before, under which test-wheel runs what was built against the other
 OLD_TORCH ?= torch==2.13.0
 DEVICE ?= cpu
 # processes that run the tests, each a file at a time
@@ -61,7 +61,7 @@ wheel: .venv/.installed ## build dist/*.whl against the torch of .venv
 	@rm -rf build/lib.* # setuptools would pack modules that are long deleted
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
 
-test-wheel: wheel ## use it in clean environments, under the torch of .venv and under OLD_TORCH, which is downloaded
+test-wheel: wheel ## use the wheel, and that of the source distribution, under two versions of torch (needs network)
 	$(VENV_PYTHON) tests/wheels.py dist $(OLD_TORCH)
 
 build: .venv/.installed ## bring the compiled extension up to date

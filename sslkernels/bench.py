@@ -79,6 +79,7 @@ def _peers(text: str) -> list[str]:
     for name in names:
         if name not in PEERS:
             raise argparse.ArgumentTypeError(f"no peer {name!r} (choose from none, {', '.join(PEERS)})")
+    for name in names:
         if not _is_installed(name):
             raise argparse.ArgumentTypeError(f"{name} is not installed: pip install {PEERS[name]}")
     return names

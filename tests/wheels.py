@@ -46,12 +46,16 @@ print(f"torch {torch.__version__}: {len(active)} ops, the C++ kernels serve them
 """
 
 
-def run(*command: str | Path, cwd: Path = ROOT) -> str:
+def run(*command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
     """The output of a command that ends well, free of what this process would have it import."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    environment["PYTHONDONTWRITEBYTECODE"] = "1"  # nothing is to appear beside what is linked
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     result = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        list(map(str, command)),
+        cwd=cwd,
+        env={**inherited, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     if result.returncode:
         raise SystemExit(f"{' '.join(map(str, command))}\n{result.stdout}\nended with {result.returncode}")
@@ -143,13 +147,12 @@ def downloaded(folder: Path, wheel: Path, torch: str) -> Path:
     return python
 
 
-def check_use(python: Path, elsewhere: Path) -> str:
+def check_use(python: Path, elsewhere: Path, **variables: str) -> str:
     """Use the wheel as its first user does, from a folder that has nothing to do with it."""
     program = python.with_name("sslkernels")
-    said = run(python, "-c", USE, cwd=elsewhere)
-    run(program, "info", cwd=elsewhere)
-    run(program, "info", "--json", cwd=elsewhere)
-    verdict = run(program, "verify", *VERIFIED, cwd=elsewhere)
+    said = run(python, "-c", USE, cwd=elsewhere, **variables)
+    run(program, "info", cwd=elsewhere, **variables)
+    verdict = run(program, "verify", *VERIFIED, cwd=elsewhere, **variables)
     return said + verdict.rstrip().splitlines()[-1]
 
 
@@ -165,7 +168,8 @@ def main(dist: str, old_torch: str) -> None:
         source = build_source(folders["source"])
         check_wheel(wheel, build_wheel(source, folders["again"]))
         print(f"{source.name} holds what git tracks, and {wheel.name} comes of it", flush=True)
-        print(check_use(linked(folders["new"], wheel), folders["elsewhere"]), flush=True)
+        alone = {"PYTHONDONTWRITEBYTECODE": "1"}  # nothing is to appear beside what is linked
+        print(check_use(linked(folders["new"], wheel), folders["elsewhere"], **alone), flush=True)
         print(old.result(), flush=True)
         print(f"all in {time.monotonic() - started:.0f} s")
 
