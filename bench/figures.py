@@ -69,12 +69,12 @@ def _direction(points: list[dict]) -> str:
 
 
 def _panel(axes, points: list[dict], quantity: str, styles: dict[str, dict]) -> None:
-    lines = _series(points, quantity)
-    ends = {}
+    lines, ends, drawn = _series(points, quantity), {}, []
     if quantity == "time" and all(race.get("least_seconds") for race in points):
         bound = [(race["curve"]["value"], 1e3 * race["least_seconds"]) for race in points]
         axes.plot(*zip(*bound, strict=True), color=FAINT, linestyle=(0, (4, 3)), linewidth=1.2)
         ends["roofline"] = (*bound[-1], FAINT)
+        drawn += [value for _, value in bound]
     for name, line in lines.items():
         sizes, values, low, high = zip(*line, strict=True)
         color = styles[name]["color"]
@@ -85,11 +85,12 @@ def _panel(axes, points: list[dict], quantity: str, styles: dict[str, dict]) -> 
             markeredgewidth=0.6, zorder=4 if ours else 3,
         )  # fmt: skip
         ends[name] = (sizes[-1], values[-1], color)
-    _scale(axes, points, [value for line in lines.values() for point in line for value in point[1:]], ends)
+    drawn += [value for line in lines.values() for point in line for value in point[1:]]
+    _scale(axes, points, drawn)
     _label(axes, ends)
 
 
-def _scale(axes, points: list[dict], values: list[float], ends: dict) -> None:
+def _scale(axes, points: list[dict], values: list[float]) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     sizes = [race["curve"]["value"] for race in points]
@@ -97,8 +98,7 @@ def _scale(axes, points: list[dict], values: list[float], ends: dict) -> None:
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_xlim(sizes[0] / 1.25, sizes[-1] * 1.25)
     axes.set_xlabel(SIZES[points[0]["curve"]["size"]])
-    low, high = (edge(values + [y for _, y, _ in ends.values()]) for edge in (min, max))
-    low, high = low / 1.5, high * 1.5
+    low, high = min(values) / 1.5, max(values) * 1.5
     axes.set_ylim(low, high)
     steps = (1.0,) if high / low > 200 else (1.0, 2.0, 5.0)
     axes.yaxis.set_major_locator(ticker.LogLocator(subs=steps, numticks=9))

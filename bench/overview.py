@@ -7,7 +7,7 @@ from pathlib import Path
 
 import results
 from matplotlib import pyplot, ticker
-from svg import EAGER, FAINT, INK, OTHERS, STYLE, WIDTH, save
+from svg import EAGER, FAINT, INK, OTHERS, PAPER, STYLE, WIDTH, save
 
 MAIN = (
     "nt_xent", "info_nce_queue", "clip_loss", "sup_con", "random_masking", "restore_tokens", "masked_patch_loss",
@@ -57,12 +57,13 @@ def _bars(axes, races: list[dict]) -> None:
     y, bars = 0.0, []
     colors = {"eager": EAGER, "compile": COMPILED}
     above = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "color": INK, "va": "bottom"}
+    hides = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # the line at 1, which may run through the text
     beside = {"textcoords": "offset points", "va": "center", "fontsize": 9}
     for race in races:
         y -= GAP
         ours = race["contenders"]["ours fp32"]
         time = f"{results.significant(1e3 * ours['median'])} ms{_memory(ours)}"
-        axes.annotate(f"{race['op']}  {race['case']}", (0, y + 0.02), (0, 0), fontweight="bold", **above)
+        axes.annotate(f"{race['op']}  {race['case']}", (0, y + 0.02), (0, 0), fontweight="bold", bbox=hides, **above)
         axes.annotate(time, (1, y + 0.02), (0, 0), ha="right", **above)
         for name, ratio in ratios(race).items():
             y -= ROW

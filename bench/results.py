@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+READ = {"op", "case", "direction", "whole", "contenders", "rates", "roofline", "least_seconds", "ratios", "curve"}
+
 
 class ResultsError(Exception):
     """What is wrong with a file, in one line."""
@@ -19,8 +21,8 @@ def load(path: str | Path) -> dict:
         raise ResultsError(f"{path} is not JSON") from None
     try:
         facts = results["machine_info"]["sslkernels"]
-        complete = facts["versions"] and all(race["contenders"] for race in races(results))
-    except (KeyError, TypeError):
+        complete = facts["versions"] and facts["settings"] and all(race.keys() >= READ for race in races(results))
+    except (AttributeError, KeyError, TypeError):
         complete = False
     if not complete:
         raise ResultsError(f"{path} holds no results of sslkernels bench")

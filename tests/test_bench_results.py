@@ -258,6 +258,7 @@ def test_other_machines_and_versions_are_named(write, capsys):
         ("{", "is not JSON"),
         ("[1]", "holds no results of sslkernels bench"),
         ('{"machine_info": {}, "benchmarks": []}', "holds no results of sslkernels bench"),
+        (json.dumps(made.results({"op": "nt_xent"})), "holds no results of sslkernels bench"),
         (json.dumps(made.results()), "holds no race that was finished"),
         (json.dumps(made.results(made.race("sup_con", "other", 1.0))), "have no race in common"),
     ),
