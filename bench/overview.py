@@ -36,8 +36,12 @@ def draw(found: list[dict], path: Path) -> None:
 
 
 def shown(found: list[dict]) -> list[dict]:
-    """Of each main op, or of all if none was raced, the input that takes ours longest, as a whole step."""
-    groups = results.by_op([race for race in results.of_inputs(found) if race["whole"]] or found)
+    """Of each main op, or of all if none was raced, the input that takes ours longest, as a whole step.
+
+    Where no input was raced, a point of its curves serves.
+    """
+    whole = [race for race in found if race["whole"]]
+    groups = results.by_op(whole) | results.by_op(results.of_inputs(whole))
     names = [op for op in MAIN if op in groups] or list(groups)
     return [max(groups[op], key=lambda race: race["contenders"]["ours fp32"]["median"]) for op in names]
 
