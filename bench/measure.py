@@ -67,7 +67,9 @@ def call(spec: OpSpec, contender: Contender, case: Case, direction: str, device:
         if isinstance(arguments[name], torch.Tensor)
     }
     run = functools.partial(contender.function, **{**arguments, **leaves})
-    return lambda: torch.autograd.grad(run(), list(leaves.values()))
+    output = run()
+    grad = torch.randn_like(output) if output.dim() else None
+    return lambda: torch.autograd.grad(run(), list(leaves.values()), grad)
 
 
 def assert_correct(spec: OpSpec, racers: list[Contender], case: Case, device: str) -> None:

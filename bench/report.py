@@ -58,7 +58,7 @@ def _machine(found: dict) -> str:
     lines = [
         f"processor: {facts['processor']}, {facts['threads']} threads; instruction set {facts['isa']}",
         f"CUDA: {facts['cuda']}",
-        f"versions: Python {facts['python']}, {versions}",
+        f"versions: Python {facts['python'].split()[0]}, {versions}",
         f"commit: {commit.get('id', 'unknown')}{' with local changes' if commit.get('dirty') else ''}",
         f"date: {found['datetime'][:10]}",
     ]
