@@ -43,14 +43,17 @@ def _made(module: str, name: str, *args):
     return getattr(__import__(module, fromlist=[name]), name)(*args)
 
 
+_filled: dict[int, torch.Tensor] = {}  # by memory bank, the queue that it was given
+
+
 def lightly_dcl(z0, z1, temperature):
     return _made("lightly.loss", "DCLLoss", temperature)(z0, z1)
 
 
 def lightly_queue(query, positive_key, negative_keys, temperature):
     loss = _made("lightly.loss", "NTXentLoss", temperature, tuple(negative_keys.shape))
-    if getattr(loss, "filled_from", None) is not negative_keys:  # from then on it keeps its own
-        loss.filled_from = negative_keys
+    if _filled.get(id(loss)) is not negative_keys:  # from then on it keeps its own
+        _filled[id(loss)] = negative_keys
         loss.memory_bank.bank = F.normalize(negative_keys.detach(), dim=1)
     return loss(query, positive_key)
 
