@@ -206,6 +206,25 @@ def test_quick_races_are_of_the_smallest_input_and_two_points_of_a_curve():
     assert chosen(found, ["nt_xent"], quick=False, curves=True) == set(found)
 
 
+def test_a_peer_that_keeps_its_queue_gets_that_of_each_input(monkeypatch):
+    class Loss:
+        """Takes its negatives from its memory bank and then writes into it, as lightly's does."""
+
+        memory_bank = SimpleNamespace(bank=None)
+
+        def __call__(self, query, key):
+            negatives, self.memory_bank.bank = self.memory_bank.bank, key
+            return negatives
+
+    contrast = next(module for module in MODULES if module.__name__ == "bench_contrast")
+    loss = Loss()
+    monkeypatch.setattr(contrast, "_made", lambda *args: loss)
+    query, key, *queues = torch.nn.functional.normalize(torch.randn(4, 5, 3), dim=2)
+    for queue in queues:
+        torch.testing.assert_close(contrast.lightly_queue(query, key, queue, 0.1), queue)
+        assert contrast.lightly_queue(query, key, queue, 0.1) is key
+
+
 def test_every_peer_has_a_name_on_the_command_line():
     entrants = {label.split()[0] for module in MODULES for run in module.RUNS for label in module.entrants(run, "cpu")}
     assert {"eager", "compile", "ours"} < entrants <= {*OURS, *bench.PEERS}
