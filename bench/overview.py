@@ -38,10 +38,11 @@ def draw(found: list[dict], path: Path) -> None:
 def shown(found: list[dict]) -> list[dict]:
     """Of each main op, or of all if none was raced, the input that takes ours longest, as a whole step.
 
-    Where no input was raced, a point of its curves serves.
+    Where no input was raced, a point of its main curve serves.
     """
     whole = [race for race in found if race["whole"]]
-    groups = results.by_op(whole) | results.by_op(results.of_inputs(whole))
+    mains = {op: next(iter(results.curves(races).values()), races) for op, races in results.by_op(whole).items()}
+    groups = mains | results.by_op(results.of_inputs(whole))
     names = [op for op in MAIN if op in groups] or list(groups)
     return [max(groups[op], key=lambda race: race["contenders"]["ours fp32"]["median"]) for op in names]
 
