@@ -15,7 +15,7 @@ from settings import Settings
 from timing import Race, graphed
 
 import sslkernels
-from sslkernels import info
+from sslkernels import _library, info
 from sslkernels.bench import PEERS
 
 
@@ -50,6 +50,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         except metadata.PackageNotFoundError:
             facts["versions"][package] = "not installed"
     options = ("device", "peers", "quick", "curves", "cuda-graphs")
+    facts["supported_isas"] = _library.extension.supported_isas() if _library.extension else []
     facts["settings"] = {name: config.getoption(f"--{name}") for name in options}
     machine_info["sslkernels"] = facts
 

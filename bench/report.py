@@ -14,6 +14,8 @@ import overview
 import results
 from tables import HOW_TO_READ, curve_table, disturbances, ratios_table, table, times_table
 
+from sslkernels._files import replacing
+
 INSTRUCTIONS = {"avx512": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16"}  # by name of the kernels made for them
 
 
@@ -74,10 +76,10 @@ def unmeasured(found: dict) -> list[str]:
         lines.append("Anything to rely on: this was a quick run, of three rounds and without torch.compile.")
     if on_cpu:
         lines.append("Any GPU. The speed of the Triton and CUDA kernels is unknown.")
-        lacking = [name for isa, name in INSTRUCTIONS.items() if isa not in facts["isa"]]
+        lacking = [name for isa, name in INSTRUCTIONS.items() if isa not in facts["supported_isas"]]
         lines += [f"The kernels for {name}, which this processor lacks." for name in lacking]
         lines.append("Processors other than this one, aarch64 among them.")
-        if "avx512_bf16" not in facts["isa"]:
+        if "avx512_bf16" not in facts["supported_isas"]:
             lines.append("Large inputs in bfloat16, which this processor has to emulate.")
     else:
         lines.append("The exponentials' share of the roofline: it is torch.mm's rate, or that of a copy.")
@@ -111,7 +113,8 @@ def write(found: dict, markdown: Path, folder: Path) -> list[Path]:
     for op, own in results.by_op(races).items():
         if figures.draw(op, own, folder / f"{op}.svg"):
             drawn[op] = f"{address}/{op}.svg"
-    markdown.write_text(page(found, drawn), encoding="utf-8")
+    with replacing(markdown) as file:
+        file.write(page(found, drawn).encode())
     return [folder / Path(name).name for name in drawn.values()]
 
 

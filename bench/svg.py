@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot
+
+from sslkernels._files import replacing
 
 WIDTH = 5.0  # inches: text of 10 points is readable where a phone shows all of it
 INK, FAINT, GRID, PAPER = "#1f2328", "#59636e", "#d8dee4", "#fffffe"
@@ -57,13 +60,16 @@ def looks(names: list[str]) -> dict[str, dict]:
 
 def save(figure: pyplot.Figure, path: Path) -> None:
     """Write the figure with a background of its own, whose colours follow the reader's system."""
-    figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
     rules = "".join(
         f'[style*="{part}: {light}"]{{{part}:{dark} !important}}'
         for light, dark in DARK.items()
         for part in ("fill", "stroke")
     )
-    text = path.read_text(encoding="utf-8")
-    text = text.replace("*{stroke-linejoin", f"@media (prefers-color-scheme: dark){{{rules}}}\n*{{stroke-linejoin", 1)
-    path.write_text(re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE), encoding="utf-8")
+    text = drawn.getvalue().replace(
+        "*{stroke-linejoin", f"@media (prefers-color-scheme: dark){{{rules}}}\n*{{stroke-linejoin", 1
+    )
+    with replacing(path) as file:
+        file.write(re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).encode())
