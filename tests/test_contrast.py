@@ -117,6 +117,18 @@ def test_every_scale(scale):
         assert grad.isfinite().all() and grad.abs().max() <= 100 * size
 
 
+@pytest.mark.parametrize("spread", (1.0, 6.0))
+def test_columns_far_below_the_largest_logit(spread):
+    size = torch.logspace(-spread, 0, 300)[:, None]
+    query, key, scale = rows(300, 16), rows(300, 16, 1) * size, torch.tensor(100.0)
+    actual, _ = core(query, key, scale, columns=True)
+    exact = contrast_reference.contrast(
+        query.double(), key.double(), scale.double(), None, None, None, False, True, True
+    )
+    for one, two in zip(actual[:2], exact, strict=False):
+        torch.testing.assert_close(one.double(), two, rtol=1e-6, atol=1e-6)
+
+
 def test_a_row_with_nothing_left_is_minus_infinity_and_has_no_gradient():
     query, key = rows(3, 8), rows(2, 8, 1)
     ids = {"query_ids": torch.tensor([5, 5, 6]), "key_ids": torch.tensor([5, 5])}
@@ -225,6 +237,25 @@ def test_a_nan_stays_a_nan():
     assert sslkernels.sup_con(query, torch.arange(30) % 3, 0.1).isnan()
     assert sslkernels.clip_loss(query, key, 10.0).isnan()
     assert sslkernels.sigmoid_loss(query, key, 10.0, -10.0).isnan()
+
+
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_a_key_that_is_no_number_shows_in_every_row_it_is_compared_with(value):
+    query, key, queue = rows(6, 5).requires_grad_(), rows(6, 5, 1), rows(30, 5, 2)
+    queue[3] = value
+    calls = {
+        "info_nce": lambda backend: sslkernels.info_nce(
+            query, key, queue, 0.1, normalize=False, reduction="none", backend=backend
+        ),
+        "normalised": lambda backend: sslkernels.info_nce(query, key, queue, 0.1, reduction="none", backend=backend),
+        "clip_loss": lambda backend: sslkernels.clip_loss(query, queue, 2.0, reduction="none", backend=backend),
+    }
+    for name, call in calls.items():
+        losses, expected = call(None), call("reference")
+        assert expected.isnan().any(), name
+        assert torch.equal(losses.isnan(), expected.isnan()), name
+        (grad,), (exact,) = (torch.autograd.grad(loss.sum(), query) for loss in (losses, expected))
+        assert exact.isnan().any() and torch.equal(grad.isnan(), exact.isnan()), name
 
 
 def bad_calls():

@@ -112,7 +112,7 @@ class ContrastRunner {
   SideLayout set_logits(bool backward) {
     const int64_t dim = job_.query.in.dim, words = kernel_.bf16 ? (dim + 1) / 2 : dim;
     const int64_t rows = std::max(job_.query.in.count, job_.symmetric ? 0 : job_.key.in.count);
-    const int64_t tile = rows >= 1024 ? kMaxTile : kMaxTile / 2;  // smaller ones share out better among threads
+    const int64_t tile = tile_side(rows);
     job_.logits = make_logits(dim, words, tile, job_.scale, job_.bounded);
     job_.logits.columns = job_.columns || job_.symmetric;
     job_.logits.triangle = job_.symmetric ? Triangle::kSelf : Triangle::kNone;
@@ -272,14 +272,14 @@ class ContrastRunner {
     for (size_t l = 0; l < lanes_.size(); l++)
       each_grad(lanes_[l], row, [&](int64_t d, float grad) { sums[d] += factors[l] * grad; });
     float* out = job_.attraction + row * job_.logits.dim;
-    for (int64_t d = 0; d < job_.logits.dim; d++) out[d] = total > 0 ? static_cast<float>(sums[d] / total) : 0;
+    for (int64_t d = 0; d < job_.logits.dim; d++) out[d] = total == 0 ? 0 : static_cast<float>(sums[d] / total);
   }
 
   // ---- closing
 
   double logsumexp(double total, float peak) const {
     const double offset = (job_.bounded ? job_.logits.bound2 : peak) / kLog2E;
-    return total > 0 ? std::log(total) + offset : -std::numeric_limits<double>::infinity();
+    return total == 0 ? -std::numeric_limits<double>::infinity() : std::log(total) + offset;  // a NaN stays one
   }
   float natural(float base2) const {
     return base2 <= -job_.logits.none2 ? -std::numeric_limits<float>::infinity() : static_cast<float>(base2 / kLog2E);

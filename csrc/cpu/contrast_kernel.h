@@ -1,7 +1,8 @@
 // The contrastive core's table of loops. Compiled once per instruction set.
 #pragma once
 #include "contrast.h"
-#include "logit_tiles.h"
+#include "online_tiles.h"
+#include "sigmoid_tiles.h"
 
 namespace sslkernels::SSLK_ISA {
 
@@ -32,17 +33,11 @@ void pack_contrast(const ContrastJob& job, const ContrastSide& of, int64_t panel
 template <bool kBf16>
 void contrast_tile(const ContrastJob& job, Pass pass, const Side& a, const Side& b, int64_t i0, int64_t j0,
                    void* scratch) {
+  if (pass == Pass::kForward) return forward_logits<kBf16>(job.logits, a, b, i0, j0, job.attract, scratch);
   LogitTile<kBf16> tile{job.logits, a, b, *static_cast<TileScratch<kBf16>*>(scratch), i0, j0};
-  switch (pass) {
-    case Pass::kForward:
-      return tile.forward(job.attract);
-    case Pass::kBackward:
-      return tile.backward();
-    case Pass::kSigmoidForward:
-      return tile.sigmoid_forward();
-    case Pass::kSigmoidBackward:
-      return tile.sigmoid_backward();
-  }
+  if (pass == Pass::kBackward) return tile.backward();
+  SigmoidTile<kBf16> sigmoid{tile};
+  pass == Pass::kSigmoidForward ? sigmoid.forward() : sigmoid.backward();
 }
 
 template <bool kBf16>

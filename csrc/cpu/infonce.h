@@ -89,7 +89,7 @@ class NtXentRunner {
     z.rows = job_.in.count;
     z.padded_rows = round_up(z.rows, kernel_.panel);
     const int64_t dim = job_.in.dim, words = kernel_.bf16 ? (dim + 1) / 2 : dim;
-    const int64_t tile = z.rows >= 1024 ? kMaxTile : kMaxTile / 2;  // smaller ones share out better among threads
+    const int64_t tile = tile_side(z.rows);
     job_.logits = make_logits(dim, words, tile, 1 / job_.temperature, job_.bounded);
     job_.logits.columns = true;
     job_.logits.triangle = Triangle::kPairs;

@@ -1,7 +1,7 @@
 // NT-Xent's rows before and after the tiles, and its table of loops. Compiled once per instruction set.
 #pragma once
 #include "infonce.h"
-#include "logit_tiles.h"
+#include "online_tiles.h"
 
 namespace sslkernels::SSLK_ISA {
 
@@ -100,16 +100,12 @@ inline void backward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
 }
 
 template <bool kBf16>
-SSLK_INLINE LogitTile<kBf16> tile_of(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) {
-  return {job.logits, job.z, job.z, *static_cast<TileScratch<kBf16>*>(scratch), i0, j0};
-}
-template <bool kBf16>
 void forward_tile(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) {
-  tile_of<kBf16>(job, i0, j0, scratch).forward(false);
+  forward_logits<kBf16>(job.logits, job.z, job.z, i0, j0, false, scratch);
 }
 template <bool kBf16>
 void backward_tile(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) {
-  tile_of<kBf16>(job, i0, j0, scratch).backward();
+  LogitTile<kBf16>{job.logits, job.z, job.z, *static_cast<TileScratch<kBf16>*>(scratch), i0, j0}.backward();
 }
 
 template <bool kBf16>

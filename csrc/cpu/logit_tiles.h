@@ -8,19 +8,6 @@ namespace sslkernels::SSLK_ISA {
 
 constexpr int64_t kStepsAtOnce = 128;           // reduction steps of S between two visits of a block
 constexpr int64_t kTileStride = kMaxTile + 16;  // row of a tile in words, padded against cache-set conflicts
-constexpr float kLn2 = 0.69314718f;
-
-// log(1 + t) for t in [0, 1].
-SSLK_INLINE Vec log1p(Vec t) {
-  const Vec s = t / (t + 2.f), q = s * s;
-  Vec p = q * (1.f / 15) + 1.f / 13;
-  p = p * q + 1.f / 11;
-  p = p * q + 1.f / 9;
-  p = p * q + 1.f / 7;
-  p = p * q + 1.f / 5;
-  p = p * q + 1.f / 3;
-  return 2.f * s * (p * q + 1.f);
-}
 
 template <bool kBf16>
 struct TileScratch {
@@ -28,10 +15,15 @@ struct TileScratch {
   static constexpr int64_t kRowG = kMaxTile / kPerWord + 16;  // row of G in words
 
   alignas(64) float s[kMaxTile * kTileStride];
-  alignas(64) uint32_t g[kMaxTile * kRowG];                                    // by rows; bf16: words hold two columns
+  alignas(64) uint32_t g_by_rows[kBf16 ? kMaxTile * kRowG : 16];               // bf16: words hold two columns
   alignas(64) uint32_t g_by_columns[kBf16 ? kMaxTile / 2 * kTileStride : 16];  // bf16: words hold two rows
   alignas(64) float row_sums[kMaxTile * kLanes];
   alignas(64) float column_sums[kMaxTile];
+  alignas(64) float row_peaks[kMaxTile * kLanes];  // similarities, with the sign of the scale
+  alignas(64) float column_peaks[kMaxTile];
+  alignas(64) float row_weights[kMaxTile];
+
+  uint32_t* g() { return kBf16 ? g_by_rows : reinterpret_cast<uint32_t*>(s); }  // in fp32 G takes the place of S
 };
 
 template <bool kBf16>
@@ -164,15 +156,9 @@ struct LogitTile {
 
   // ---- forward
 
-  void forward(bool attract) {
-    if (logits.bounded)
-      forward_bounded(attract);
-    else
-      forward_online(attract);
-    if (attract) accumulate<kRowG, 1>(scratch.g, a, i0, b, j0, height, width, false);
-  }
-
-  SSLK_INLINE void forward_bounded(bool attract) {
+  // exp(l - |scale|) where no logit is larger than that; see OnlineTile for the others. attract: adds the keys,
+  // weighted by it, to the gradient.
+  void forward_bounded(bool attract) {
     clear_tile_sums();
     similarities([&](int64_t row, int64_t column, FullBlock& c) __attribute__((always_inline)) {
       to_logits(row, column, c, bound2);
@@ -183,6 +169,7 @@ struct LogitTile {
       if (attract) store_g(row, column, c);
     });
     add_tile_sums();
+    if (attract) accumulate_rows();
   }
 
   SSLK_INLINE void clear_tile_sums() {
@@ -208,106 +195,6 @@ struct LogitTile {
     if (!logits.columns) return;
     for (int64_t at = 0; at < width; at += kLanes)
       store(b.sums + j0 + at, load(b.sums + j0 + at) + load(scratch.column_sums + at));
-  }
-
-  // Without a bound: the tile is kept, and a running maximum taken along its rows, then along its columns. It holds
-  // similarities, so that what goes into exp is the difference of a logit and the maximum, rounded once.
-  SSLK_INLINE void forward_online(bool attract) {
-    const float far = static_cast<float>(to_base2 < 0 ? kFarSimilarity : -kFarSimilarity);
-    similarities([&](int64_t row, int64_t column, FullBlock& c) __attribute__((always_inline)) {
-      to_similarities(row, column, c);
-      if (masked && logits.own_logit) {
-        keep(row, column, c);
-        keep_own_logits(row, column);
-      }
-      mask(row, column, c, far);
-      keep(row, column, c);
-    });
-    if (attract) {
-      attract_online();
-      return;
-    }
-    for (int64_t r = 0; r < height; r++) add_row(r);
-    for (int64_t at = 0; logits.columns && at < width; at += kLanes) add_columns(at);
-  }
-
-  SSLK_INLINE void keep(int64_t row, int64_t column, const FullBlock& c) const {
-    SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++)
-        store(scratch.s + (row + r) * kTileStride + column + v * kLanes, c[r][v]);
-  }
-  // The logit of an element that was kept.
-  SSLK_INLINE float kept_logit(int64_t r, int64_t at) const {
-    return logit(broadcast(scratch.s[r * kTileStride + at]), Vec{})[0];
-  }
-
-  // The positives' logits as the tiles have them: only so is a tie with a negative seen as a tie.
-  SSLK_INLINE void keep_own_logits(int64_t row, int64_t column) const {
-    if (logits.triangle == Triangle::kPairs) {
-      for (int64_t r = row; r < row + kRows && diagonal; r += 2)
-        if (column <= r && r < column + kPanel)
-          logits.own_logit[i0 + r] = logits.own_logit[i0 + r + 1] = kept_logit(r, r + 1);
-      return;
-    }
-    for (int64_t r = row; logits.skips > 0 && r < min(row + kRows, a.rows - i0); r++) {
-      const int64_t at = logits.skip[(i0 + r) * logits.skips] - b.first - j0;
-      if (column <= at && at < min(column + kPanel, b.rows - j0)) logits.own_logit[i0 + r] = kept_logit(r, at);
-    }
-  }
-
-  // Takes a row of the tile into its maximum; returns what sums so far have to be multiplied by.
-  SSLK_INLINE float raise_maximum(int64_t r, int64_t first) const {
-    const float* row = scratch.s + r * kTileStride;
-    const float before = a.maxima[i0 + r];
-    Vec largest = broadcast(before);
-    for (int64_t at = first; at < width; at += kLanes) largest = max(largest, logit(load(row + at), Vec{}));
-    a.maxima[i0 + r] = maximum(largest);
-    return exp2(broadcast(before - a.maxima[i0 + r]))[0];
-  }
-
-  SSLK_INLINE void add_row(int64_t r) const {
-    const int64_t first = diagonal ? r / kPanel * kPanel : 0;
-    const float rescale = raise_maximum(r, first);
-    const float* row = scratch.s + r * kTileStride;
-    const Vec top = broadcast(a.maxima[i0 + r]);
-    Vec total{};
-    for (int64_t at = first; at < width; at += kLanes) total += exp2(logit(load(row + at), top));
-    a.sums[i0 + r] = a.sums[i0 + r] * rescale + sum(total);
-  }
-
-  SSLK_INLINE void add_columns(int64_t at) const {
-    const int64_t end = diagonal ? min(height, (at / kPanel + 1) * kPanel) : height;
-    const float* column = scratch.s + at;
-    const Vec before = load(b.maxima + j0 + at);
-    Vec top = before, total{};
-    for (int64_t r = 0; r < end; r++) top = max(top, logit(load(column + r * kTileStride), Vec{}));
-    for (int64_t r = 0; r < end; r++) total += exp2(logit(load(column + r * kTileStride), top));
-    store(b.sums + j0 + at, load(b.sums + j0 + at) * exp2(before - top) + total);
-    store(b.maxima + j0 + at, top);
-  }
-
-  // G = exp(l - maximum), once the sums so far and the gradient's rows are brought to the new maximum.
-  SSLK_INLINE void attract_online() {
-    clear_tile_sums();
-    for (int64_t r = 0; r < height; r++) {
-      const float rescale = raise_maximum(r, 0);
-      if (rescale == 1) continue;
-      a.sums[i0 + r] *= rescale;
-      for (int64_t column = 0; column < logits.dim; column += kPanel) {
-        float* grad = a.grad + column * a.padded_rows + (i0 + r) * kPanel;
-        SSLK_UNROLL for (int v = 0; v < kVecs; v++) store(grad + v * kLanes, load(grad + v * kLanes) * rescale);
-      }
-    }
-    for (int64_t column = 0; column < width; column += kPanel)
-      for (int64_t row = 0; row < height; row += kRows) {
-        FullBlock c;
-        SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
-          const Vec s = load(scratch.s + (row + r) * kTileStride + column + v * kLanes);
-          c[r][v] = exp2(logit(s, broadcast(a.maxima[i0 + row + r])));
-        }
-        add_to_row_sums(row, c);
-        store_g(row, column, c);
-      }
-    for (int64_t r = 0; r < height; r++) a.sums[i0 + r] += sum(load(scratch.row_sums + r * kLanes));
   }
 
   // ---- backward
@@ -347,60 +234,13 @@ struct LogitTile {
     }
   }
 
+  void accumulate_rows() { accumulate<kRowG, 1>(scratch.g(), a, i0, b, j0, height, width, false); }
   SSLK_INLINE void accumulate_both() {
-    accumulate<kRowG, 1>(scratch.g, a, i0, b, j0, height, width, false);
+    accumulate_rows();
     if constexpr (kBf16)
       accumulate<1, kTileStride>(scratch.g_by_columns, b, j0, a, i0, width, height, true);
     else
-      accumulate<1, kRowG>(scratch.g, b, j0, a, i0, width, height, true);
-  }
-
-  // ---- the sigmoid loss: softplus(-l) of pairs that belong together, softplus(l) of the others
-
-  void sigmoid_forward() {
-    clear_tile_sums();
-    similarities([&](int64_t row, int64_t column, FullBlock& c) __attribute__((always_inline)) {
-      to_logits(row, column, c, -logits.bias2);
-      if (masked) flip_positives(row, column, c);
-      SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
-        const Vec l = c[r][v], size = max(l, -l);
-        c[r][v] = max(l, Vec{}) * kLn2 + log1p(exp2(-size));
-      }
-      mask_outside(row, column, c);
-      add_to_row_sums(row, c);
-    });
-    for (int64_t r = 0; r < height; r++) a.sums[i0 + r] += sum(load(scratch.row_sums + r * kLanes));
-  }
-
-  // G = w_i sigmoid(l), or w_i (sigmoid(l) - 1) = -w_i sigmoid(-l) of a pair that belongs together; and its row sums.
-  void sigmoid_backward() {
-    clear_tile_sums();
-    similarities([&](int64_t row, int64_t column, FullBlock& c) __attribute__((always_inline)) {
-      to_logits(row, column, c, -logits.bias2);
-      FullBlock sign;
-      SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) sign[r][v] =
-          broadcast(a.weight[i0 + row + r]);
-      if (masked) flip_positives(row, column, c), flip_positives(row, column, sign);
-      SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
-        const Vec l = c[r][v], e = exp2(-max(l, -l));
-        c[r][v] = (l < Vec{} ? e : broadcast(1.f)) / (e + 1.f) * sign[r][v];
-      }
-      mask_outside(row, column, c);
-      add_to_row_sums(row, c);
-      store_g(row, column, c);
-    });
-    for (int64_t r = 0; r < height; r++) a.sums[i0 + r] += sum(load(scratch.row_sums + r * kLanes));
-    accumulate_both();
-  }
-
-  SSLK_INLINE void flip_positives(int64_t row, int64_t column, FullBlock& c) const {
-    for (int r = 0; r < kRows; r++)
-      for (int v = 0; v < kVecs; v++) c[r][v] = left_out(row + r, column + v * kLanes) ? -c[r][v] : c[r][v];
-  }
-  SSLK_INLINE void mask_outside(int64_t row, int64_t column, FullBlock& c) const {
-    if (!masked) return;
-    for (int r = 0; r < kRows; r++)
-      for (int v = 0; v < kVecs; v++) c[r][v] = inside(row + r, column + v * kLanes) ? c[r][v] : Vec{};
+      accumulate<1, kRowG>(scratch.g(), b, j0, a, i0, width, height, true);
   }
 
   // Stores G as the left operand of both products. In bf16 it meets the packed rows, so the factor that is missing from
@@ -408,14 +248,14 @@ struct LogitTile {
   SSLK_INLINE void store_g(int64_t row, int64_t column, FullBlock& c) {
     if constexpr (!kBf16) {
       SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++)
-          store(scratch.g + (row + r) * kRowG + column + v * kLanes, c[r][v]);
+          store(scratch.g() + (row + r) * kRowG + column + v * kLanes, c[r][v]);
     }
 #if defined(__AVX512BF16__)
     if constexpr (kBf16) {
       const Vec residual0 = load(b.residual + j0 + column), residual1 = load(b.residual + j0 + column + kLanes);
       SSLK_UNROLL for (int r = 0; r < kRows; r++) {
         const __m512bh pair = _mm512_cvtne2ps_pbh(c[r][1] * residual1, c[r][0] * residual0);
-        store(scratch.g + (row + r) * kRowG + column / 2, (Vec)pair);
+        store(scratch.g() + (row + r) * kRowG + column / 2, (Vec)pair);
       }
       alignas(64) static const uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,

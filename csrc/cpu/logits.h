@@ -15,6 +15,9 @@ constexpr double kMaxBoundedSpan = 80;  // see MAX_BOUNDED_SPAN in ops/infonce/a
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
+// Of a square tile; smaller ones share out better among threads.
+inline int64_t tile_side(int64_t rows) { return rows >= 1024 ? kMaxTile : kMaxTile / 2; }
+
 // Embeddings as the caller has them: the rows of one tensor, or of two in turn.
 struct Rows {
   const void* view[2];
