@@ -1,4 +1,4 @@
-"""Masks for a batch: DINOv2's and I-JEPA's algorithms as they are published, in Python sample by sample, and ours."""
+"""Masks for a batch: the published algorithms of those who use them, in Python sample by sample, and ours."""
 
 from __future__ import annotations
 
@@ -125,6 +125,18 @@ def wav2vec(batch_size: int, num_tokens: int, lengths, mask_prob: float = 0.65, 
     return mask
 
 
+def videomae(batch_size: int, grid_size: tuple[int, int, int], mask_ratio: float) -> np.ndarray:
+    """VideoMAE's tubes: NumPy shuffles the mask of a frame for each video, which all of its frames share."""
+    frames, patches = grid_size[0], math.prod(grid_size[1:])
+    masked = int(mask_ratio * patches)
+    masks = []
+    for _ in range(batch_size):
+        frame = np.arange(patches) >= patches - masked
+        np.random.shuffle(frame)
+        masks.append(np.tile(frame, frames))
+    return np.stack(masks)
+
+
 def peer(op: str, case, device: str) -> tuple[str, Callable[[], object]]:
     """What a user has instead, with the masks on the device as a training step needs them."""
     options = case.make("cpu", torch.float64)
@@ -135,6 +147,9 @@ def peer(op: str, case, device: str) -> tuple[str, Callable[[], object]]:
     if op == "multi_block_mask":
         collate = MaskCollator(options["grid_size"][0])
         return "ijepa", lambda: [ids.to(device) for ids in collate(options["batch_size"])]
+    if op == "tube_mask":
+        sizes = options["batch_size"], options["grid_size"], options["mask_ratio"]
+        return "videomae", lambda: torch.from_numpy(videomae(*sizes)).to(device)
     sizes, lengths = (options["batch_size"], options["num_tokens"]), options["lengths"].tolist()
     return "wav2vec", lambda: torch.from_numpy(wav2vec(*sizes, lengths)).to(device)
 

@@ -30,6 +30,7 @@ PEERS = {
     "dinov2": "",
     "ijepa": "",
     "wav2vec": "",
+    "videomae": "",
 }
 MODULES = {"info_nce_pytorch": "info_nce"}  # where a peer's module has another name
 

@@ -143,6 +143,7 @@ TUBE_CASES = (
     _tube("no_frame", 3, (0, 5, 5)),
     _tube("keep_all", 2, (3, 4, 4), mask_ratio=0.0),
     _tube("keep_none", 2, (3, 4, 4), mask_ratio=1.0),
+    _tube("videomae_32", 32, (8, 14, 14), (BENCH,), mask_ratio=0.9),
 )
 
 
