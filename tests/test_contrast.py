@@ -64,7 +64,7 @@ def test_opcheck(symmetric):
     torch.library.opcheck(op, (query, key, scale, skip, *ids, *options))
     if not symmetric:
         torch.library.opcheck(op, (query, key.detach(), scale, skip, *ids, *options[:3], False, True, False, 0))
-        attracted = (torch.ones(9, dtype=torch.float64), query, scale, rows(9, 7, 2))
+        attracted = (torch.ones(9, dtype=torch.float64), query.detach(), scale.detach(), rows(9, 7, 2))
         torch.library.opcheck(torch.ops.sslkernels.contrast_attracted_bwd.default, attracted)
         bias = torch.tensor(-1.0, requires_grad=True)
         torch.library.opcheck(

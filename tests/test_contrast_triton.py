@@ -141,11 +141,11 @@ def test_ragged_shapes(rows, columns, dim, matmul):
     check(sigmoid, query, key, 5.0, -3.0, positive=skip, **options)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("bounded", [False, True])
+# an infinite one that is divided by its length is NaN
+@pytest.mark.parametrize("bounded, bad", [(False, torch.nan), (False, torch.inf), (True, torch.nan)])
 def test_a_key_that_is_not_finite_shows(bounded, bad):
     query, key = unit_rows(5, 16), unit_rows(70, 16, seed=1)
-    key[3] = bad if not bounded else torch.nan  # what an infinite one is divided by its length
+    key[3] = bad
     options = {"skip": torch.tensor([[9], [3], [9], [9], [9]]), "bounded": bounded}
     with interpret("sm_90", order_seed=1):
         actual = softmax(contrast_kernels, query, key, 5.0, **options)
