@@ -52,6 +52,15 @@ def test_the_reference_backend(case):
     assert_op_close(SPEC, case, torch.bfloat16, backend="reference")
 
 
+@pytest.mark.parametrize("name", ["nt_xent", "decoupled_nt_xent", "hard_nt_xent"])
+def test_autocast_does_not_change_the_reference_backend(name):
+    z0, z1 = views(9, 16)
+    expected = getattr(sslkernels, name)(z0, z1, 0.2, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = getattr(sslkernels, name)(z0, z1, 0.2, backend="reference")
+    assert torch.equal(loss, expected)
+
+
 @pytest.mark.parametrize("dim", [1, 3, 100, 123, 128, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_shape(dim, dtype):
