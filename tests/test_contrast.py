@@ -1,5 +1,7 @@
 """The contrastive family on the CPU: values, gradients, torch integration, shapes, threads, ids, errors."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -62,10 +64,21 @@ def test_opcheck(symmetric):
     torch.library.opcheck(op, (query, key, scale, skip, *ids, *options))
     if not symmetric:
         torch.library.opcheck(op, (query, key.detach(), scale, skip, *ids, *options[:3], False, True, False, 0))
+        attracted = (torch.ones(9, dtype=torch.float64), query.detach(), scale.detach(), rows(9, 7, 2))
+        torch.library.opcheck(torch.ops.sslkernels.contrast_attracted_bwd.default, attracted)
         bias = torch.tensor(-1.0, requires_grad=True)
         torch.library.opcheck(
             torch.ops.sslkernels.sigmoid_contrast_fwd.default, (query, key, scale, bias, skip, *ids, 0)
         )
+
+
+@pytest.mark.parametrize("spec, case", SMALL, ids=SMALL_IDS)
+def test_double_backward_is_an_error(spec, case):
+    arguments = case.make("cpu", torch.float32)
+    leaf = arguments[spec.grad_args[0]].requires_grad_()
+    (grad,) = torch.autograd.grad(spec.function(**arguments).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(grad.square().sum(), leaf)
 
 
 def core(query, key, scale, **options):
@@ -258,8 +271,17 @@ def test_a_key_that_is_no_number_shows_in_every_row_it_is_compared_with(value):
         assert exact.isnan().any() and torch.equal(grad.isnan(), exact.isnan()), name
 
 
+@pytest.mark.parametrize("backend", (None, "reference"))
+@pytest.mark.parametrize("name", ("decoupled_nt_xent", "hard_nt_xent"))
+def test_a_nan_shows_in_every_row_that_meets_it(name, backend):
+    z0, z1 = rows(6, 8), rows(6, 8, 1)
+    z0[3] = torch.nan
+    assert getattr(sslkernels, name)(z0, z1, 0.5, reduction="none", backend=backend).isnan().all()
+
+
 def bad_calls():
     x, y, ids = torch.ones(4, 3), torch.ones(5, 3), torch.arange(4)
+    integers = r"\(int64, int32, int16, int8, uint8\)"
     calls = {
         "info_nce": [
             ((x, y), {}, r"positive_key must be \(N, D\) like query \(4, 3\), got \(5, 3\)"),
@@ -267,26 +289,46 @@ def bad_calls():
             ((x, x, y), {"negative_mode": "paired"}, r"negative_keys must be \(4, M, 3\), got \(5, 3\)"),
             ((x, x, y), {"negative_mode": "all"}, "negative_mode must be 'unpaired' or 'paired', got 'all'"),
             ((x, x), {"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1"),
-            ((x, x), {"exclude_ids": x}, "exclude_ids must be a tensor of integers, got torch.float32"),
+            ((x, x), {"exclude_ids": x}, rf"exclude_ids must be a tensor of integers {integers}, got torch.float32"),
             ((x, x), {"exclude_ids": ids[:3]}, r"exclude_ids must be \(4,\), got \(3,\)"),
             ((x, x), {"exclude_ids": ids, "label_smoothing": 0.1}, "exclude_ids must be None with label_smoothing"),
-            ((x, x, None, 0), {}, "temperature must be finite and not zero, got 0"),
+            ((x, x, None, 0), {}, "temperature must be finite and not zero in torch.float32, got 0"),
+            ((x, x, None, 1e-46), {}, "temperature must be finite and not zero in torch.float32, got 1e-46"),
         ],
         "clip_loss": [
             ((x, x, "1"), {}, "logit_scale must be a float or a tensor, got str"),
+            ((x, x, 1e39), {}, r"logit_scale must be finite in torch.float32, got 1e\+39"),
+            ((x, x, -(10**400)), {}, r"logit_scale must be finite in torch.float32, got -10+\.\.\.0+"),
+            ((x, x.to_sparse(), 1.0), {}, "text_features must be a strided tensor, got torch.sparse_coo"),
             ((x, y[:, :2], 1.0), {}, r"text_features must be \(K, 3\) like image_features \(4, 3\), got \(5, 2\)"),
             ((x, x, 1.0), {"reduction": "all"}, "reduction must be one of 'mean', 'sum', 'none', got 'all'"),
         ],
         "sup_con": [
+            ((x, ids.to(torch.uint16)), {}, rf"labels must be a tensor of integers {integers}, got torch.uint16"),
+            ((x, ids.to_sparse()), {}, "labels must be a strided tensor, got torch.sparse_coo"),
             ((x, torch.arange(5)), {}, r"labels must be \(4,\), got \(5,\)"),
-            ((x, [0, 1, 2, 3]), {}, "labels must be a tensor of integers, got list"),
+            ((x, [0, 1, 2, 3]), {}, rf"labels must be a tensor of integers {integers}, got list"),
         ],
-        "sigmoid_loss": [((x, x, 1.0, float("nan")), {}, "logit_bias must be finite, got nan")],
+        "sigmoid_loss": [
+            ((x, x, 1.0, float("nan")), {}, "logit_bias must be finite in torch.float32, got nan"),
+            ((x, x, 1.0, 1e39), {}, r"logit_bias must be finite in torch.float32, got 1e\+39"),
+        ],
         "decoupled_nt_xent": [
             ((x, x), {"positive_weight": x[:3, 0]}, r"positive_weight must be \(4,\) or \(8,\), got \(3,\)"),
+            ((x, x), {"positive_weight": x[:, 0].to_sparse()}, "positive_weight must be a strided tensor, got"),
         ],
         "hard_nt_xent": [((x, x), {"tau_plus": -0.1}, r"tau_plus must be in \[0, 1\), got -0.1")],
+        "mises_fisher_weights": [
+            ((x, x, 0), {}, "sigma must be finite and not zero in torch.float32, got 0"),
+            ((x, x, "0.5"), {}, "sigma must be a float or a tensor, got str"),
+        ],
     }
+    for name in SPECS.keys() - {"info_nce_queue"}:
+        scalars = (1.0, 0.0) if name == "sigmoid_loss" else (1.0,) if name == "clip_loss" else ()
+        inputs = (x, ids if name == "sup_con" else x, *scalars)
+        for flag in ("normalize", "return_stats"):
+            if flag in inspect.signature(getattr(sslkernels, name)).parameters:
+                calls[name].append((inputs, {flag: "no"}, f"{flag} must be a bool, got str"))
     return [(name, *call) for name, some in calls.items() for call in some]
 
 

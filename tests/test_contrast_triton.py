@@ -141,6 +141,22 @@ def test_ragged_shapes(rows, columns, dim, matmul):
     check(sigmoid, query, key, 5.0, -3.0, positive=skip, **options)
 
 
+# an infinite one that is divided by its length is NaN
+@pytest.mark.parametrize("bounded, bad", [(False, torch.nan), (False, torch.inf), (True, torch.nan)])
+def test_a_key_that_is_not_finite_shows(bounded, bad):
+    query, key = unit_rows(5, 16), unit_rows(70, 16, seed=1)
+    key[3] = bad
+    options = {"skip": torch.tensor([[9], [3], [9], [9], [9]]), "bounded": bounded}
+    with interpret("sm_90", order_seed=1):
+        actual = softmax(contrast_kernels, query, key, 5.0, **options)
+        attraction = softmax(contrast_kernels, query, key, 5.0, bounded=bounded, attract=True)["attraction"]
+    expected = softmax(contrast_reference, query, key, 5.0, **options)
+    assert actual["lse_rows"].isnan().tolist() == [True, False, True, True, True]
+    assert attraction.isnan().all()
+    for name in ("lse_rows", "grad_query", "grad_key", "grad_scale"):
+        assert torch.equal(actual[name].isnan(), expected[name].isnan()), name
+
+
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("matmul", range(3))
 def test_one_program_meets_many_tiles(one_program, matmul, bounded):

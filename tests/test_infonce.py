@@ -52,6 +52,15 @@ def test_the_reference_backend(case):
     assert_op_close(SPEC, case, torch.bfloat16, backend="reference")
 
 
+@pytest.mark.parametrize("name", ["nt_xent", "decoupled_nt_xent", "hard_nt_xent"])
+def test_autocast_does_not_change_the_reference_backend(name):
+    z0, z1 = views(9, 16)
+    expected = getattr(sslkernels, name)(z0, z1, 0.2, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = getattr(sslkernels, name)(z0, z1, 0.2, backend="reference")
+    assert torch.equal(loss, expected)
+
+
 @pytest.mark.parametrize("dim", [1, 3, 100, 123, 128, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_shape(dim, dtype):
@@ -258,9 +267,17 @@ def bad_calls():
         "z1 must be on the device of z0, cpu, got meta": (ValueError, (z, z.to("meta")), {}),
         r"z0 must have at least one column, got \(4, 0\)": (ValueError, (z[:, :0], z[:, :0]), {}),
         "reduction must be one of 'mean', 'sum', 'none', got 'max'": (ValueError, (z, z), {"reduction": "max"}),
-        "temperature must be finite and not zero, got 0": (ValueError, (z, z, 0), {}),
-        "temperature must be finite and not zero, got nan": (ValueError, (z, z, float("nan")), {}),
-        "temperature must be finite and not zero, got inf": (ValueError, (z, z, float("inf")), {}),
+        "temperature must be finite and not zero in torch.float32, got 0": (ValueError, (z, z, 0), {}),
+        "temperature must be finite and not zero in torch.float32, got nan": (ValueError, (z, z, float("nan")), {}),
+        "temperature must be finite and not zero in torch.float32, got inf": (ValueError, (z, z, float("inf")), {}),
+        "in torch.float32, got 1e-46": (ValueError, (z, z, 1e-46), {}),
+        r"in torch.float32, got 1e\+39": (ValueError, (z, z, 1e39), {}),
+        r"in torch.float32, got 10+\.\.\.0+": (ValueError, (z, z, 10**400), {}),
+        "in torch.float64, got 1e-320": (ValueError, (z.double(), z.double(), 1e-320), {}),
+        "normalize must be a bool, got str": (TypeError, (z, z), {"normalize": "no"}),
+        "return_stats must be a bool, got str": (TypeError, (z, z), {"return_stats": "y"}),
+        "z0 must be a strided tensor, got torch.sparse_coo": (TypeError, (z.to_sparse(), z), {}),
+        "temperature must be a strided tensor, got torch.sparse_coo": (TypeError, (z, z, z[0, 0].to_sparse()), {}),
         "temperature must be a float or a tensor, got str": (TypeError, (z, z, "0.5"), {}),
         r"one element, got torch.float32 of shape \(2,\)": (ValueError, (z, z, torch.ones(2)), {}),
         "temperature must be on the device of the embeddings, cpu, got meta": (

@@ -73,6 +73,19 @@ def test_fp32_is_as_exact_as_eager(name, target):
         assert_op_close(SPEC, CASES[name], torch.float32)
 
 
+@pytest.mark.parametrize("positive_weight", [None, torch.ones(12)], ids=["plain", "decoupled"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_nan_shows_in_every_row_that_meets_it(schedule, positive_weight):
+    z0, z1 = views(6, 16)
+    z0[2, 5] = torch.nan
+    options = SCHEDULES[schedule] | {"positive_weight": positive_weight}
+    actual, _ = interpreted(z0, z1, 0.5, **options)
+    expected = run(reference, z0, z1, torch.tensor(0.5), **options)
+    assert actual["loss"].isnan().all()
+    for name in ("logsumexp", "grad_z0", "grad_z1", "grad_temperature"):
+        assert torch.equal(actual[name].isnan(), expected[name].isnan()), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name, target", list(zip(IN_16_BITS, cycle(TARGETS), strict=False)))
 def test_16_bits_are_as_exact_as_eager(name, target, dtype):

@@ -365,7 +365,7 @@ ONES = torch.ones(3, 4)
             ours.SupConLoss(),
             (ONES[:, None], torch.zeros(3)),
             TypeError,
-            "SupConLoss: labels must be a tensor of integers, got torch.float32",
+            "SupConLoss: labels must be a tensor of integers (int64, int32, int16, int8, uint8), got torch.float32",
         ),
         (
             ours.SupConLoss(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGER_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in INTEGERS)
 # exp(s * scale - |scale|) spans exp(-2 |scale|) to 1 when |s| <= 1: up to here it stays a normal fp32 number
 MAX_BOUNDED_SPAN = 80.0
 
@@ -33,12 +34,19 @@ def check_matrix(op: str, argument: str, x, like: str = "(N, D)", dims: int = 2)
     """A floating-point tensor of so many dimensions, the last not empty."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{op}: {argument} must be a tensor, got {type(x).__name__}")
+    check_strided(op, argument, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {argument} must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dim() != dims:
         raise ValueError(f"{op}: {argument} must be {like}, got {tuple(x.shape)}")
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: {argument} must have at least one column, got {tuple(x.shape)}")
+
+
+def check_strided(op: str, argument: str, x: torch.Tensor) -> None:
+    """No sparse tensor."""
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {argument} must be a strided tensor, got {x.layout}")
 
 
 def check_like(op: str, argument: str, x: torch.Tensor, other: str, y: torch.Tensor, dtype: bool = False) -> None:
@@ -73,12 +81,20 @@ def check_integers(op: str, argument: str, x, rows: int, device: torch.device) -
     """(rows,) integers, as int64."""
     if not isinstance(x, torch.Tensor) or x.dtype not in INTEGERS:
         given = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"{op}: {argument} must be a tensor of integers, got {given}")
+        raise TypeError(f"{op}: {argument} must be a tensor of integers ({', '.join(INTEGER_NAMES)}), got {given}")
+    check_strided(op, argument, x)
     if x.shape != (rows,):
         raise ValueError(f"{op}: {argument} must be ({rows},), got {tuple(x.shape)}")
     if x.device != device:
         raise ValueError(f"{op}: {argument} must be on the device of the embeddings, {device}, got {x.device}")
     return x.to(torch.int64)
+
+
+def check_flags(op: str, **flags) -> None:
+    """Bools: a string would count as True."""
+    for argument, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {argument} must be a bool, got {type(value).__name__}")
 
 
 def check_reduction(op: str, reduction: str) -> None:
@@ -105,6 +121,7 @@ def scalar(op: str, argument: str, value, like: torch.Tensor, nonzero: bool = Fa
     """A float, or a tensor of one element that may require grad, on the device of ``like``."""
     compute = accumulation_dtype(like)
     if isinstance(value, torch.Tensor):
+        check_strided(op, argument, value)
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
                 f"{op}: {argument} must be a float or a floating-point tensor of one element, "
@@ -117,10 +134,11 @@ def scalar(op: str, argument: str, value, like: torch.Tensor, nonzero: bool = Fa
         return Scalar(value.reshape(()).to(compute), None)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {argument} must be a float or a tensor, got {type(value).__name__}")
-    finite = -math.inf < value < math.inf  # math.isfinite breaks the graph
-    if not finite or (nonzero and value == 0):
+    limits = torch.finfo(compute)
+    smallest = limits.tiny if nonzero else 0.0  # of a smaller one the reciprocal may be infinite
+    if not smallest <= abs(value) <= limits.max:  # math.isfinite breaks the graph
         expected = "finite and not zero" if nonzero else "finite"
-        raise ValueError(f"{op}: {argument} must be {expected}, got {value}")
+        raise ValueError(f"{op}: {argument} must be {expected} in {compute}, got {reprlib.repr(value)}")
     return Scalar(torch.full((), value, dtype=compute, device=like.device), value)
 
 

@@ -10,7 +10,7 @@ from sslkernels.ops.infonce import arguments
 from sslkernels.ops.infonce import contrast as core
 from sslkernels.ops.infonce import contrast_distributed as distributed
 from sslkernels.ops.infonce.contrast import ContrastiveStats
-from sslkernels.ops.infonce.contrast_reference import full_precision
+from sslkernels.ops.infonce.reference import full_precision
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -113,6 +113,7 @@ def clip_loss(
     """
     name = "clip_loss"
     _check_towers(name, image_features, text_features)
+    arguments.check_flags(name, normalize=normalize, return_stats=return_stats)
     arguments.check_reduction(name, reduction)
     arguments.check_fraction(name, "label_smoothing", label_smoothing)
     if exclude_ids is not None and label_smoothing:
@@ -196,6 +197,7 @@ def sigmoid_loss(
     """
     name = "sigmoid_loss"
     _check_towers(name, image_features, text_features)
+    arguments.check_flags(name, normalize=normalize)
     arguments.check_reduction(name, reduction)
     query_ids, key_ids = _pair_ids(name, "positive_ids", positive_ids, image_features, text_features)
     scale = arguments.scalar(name, "logit_scale", logit_scale, image_features).tensor

@@ -54,11 +54,20 @@ SCHEMAS = {
     ),
 }
 COMPILED = {name: name.replace("contrast", "contrast_cuda") for name in SCHEMAS}
+# what is left of the backward where the forward has formed the attraction: arithmetic, the same on every device. It is
+# an operator because autograd would differentiate plain arithmetic again, as if the attraction were a constant
+ATTRACTED = "contrast_attracted_bwd"
 
 for _name, _schema in SCHEMAS.items():
     for _operator in (_name, COMPILED[_name]):
         torch.library.define(f"sslkernels::{_operator}", _schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"sslkernels::{_name}", "default", getattr(reference, _name))
+torch.library.define(
+    f"sslkernels::{ATTRACTED}",
+    "(Tensor grad_rows, Tensor query, Tensor scale, Tensor attraction) -> (Tensor grad_query, Tensor grad_scale)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.impl(f"sslkernels::{ATTRACTED}", "default", reference.contrast_attracted_bwd)
 
 
 def _contrast_fwd_fake(
@@ -81,6 +90,10 @@ def _contrast_bwd_fake(grad_rows, grad_columns, lse_rows, lse_columns, query, ke
     return query.new_empty(query.shape), grad_key, torch.empty_like(scale)
 
 
+def _contrast_attracted_bwd_fake(grad_rows, query, scale, attraction):
+    return query.new_empty(query.shape), torch.empty_like(scale)
+
+
 def _sigmoid_contrast_fwd_fake(query, *_):
     return query.new_empty(query.shape[0], dtype=torch.float64)
 
@@ -101,10 +114,8 @@ def _save_contrast(ctx, inputs, output):
 
 def _contrast_backward(backward, ctx, grad_rows, grad_columns, *_):
     if ctx.attract:  # the forward has formed it: no logit is needed again
-        query, scale, attraction = ctx.saved_tensors
-        weights = grad_rows.to(query.dtype)
-        grad_query = attraction * (weights * scale)[:, None]
-        grads = grad_query, None, (weights * (query * attraction).sum(dim=1)).sum()
+        grad_query, grad_scale = torch.ops.sslkernels.contrast_attracted_bwd(grad_rows, *ctx.saved_tensors)
+        grads = grad_query, None, grad_scale
     else:
         query, key, scale, skip, query_ids, key_ids, lse_rows, lse_columns = ctx.saved_tensors
         if not ctx.columns:
@@ -154,6 +165,8 @@ def _register(contrast_fwd: str, contrast_bwd: str, sigmoid_fwd: str, sigmoid_bw
         torch.library.register_autograd(f"sslkernels::{backward}", _no_double_backward)
 
 
+torch.library.register_fake(f"sslkernels::{ATTRACTED}", _contrast_attracted_bwd_fake)
+torch.library.register_autograd(f"sslkernels::{ATTRACTED}", _no_double_backward)
 _register(*SCHEMAS)
 _register(*COMPILED.values())
 

@@ -5,25 +5,10 @@ Nothing here is fused: the N x M logits exist.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
-from sslkernels.ops.infonce.reference import NORMALIZE_EPS
-
-
-def full_precision(function):
-    """Runs it without autocast, which would round matrix products to 16 bits."""
-
-    @functools.wraps(function)
-    def run(first, *others, **named):
-        if not torch.amp.is_autocast_available(first.device.type):
-            return function(first, *others, **named)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *others, **named)
-
-    return run
+from sslkernels.ops.infonce.reference import NORMALIZE_EPS, full_precision
 
 
 def kept(query, key, skip, query_ids, key_ids):
@@ -106,6 +91,12 @@ def contrast_bwd(
     if grad_columns is not None:
         weights = weights + _softmax(logits, lse_columns[None], keep) * grad_columns.to(query.dtype)
     return (*_gradients(weights, query, key, used, scale), (weights * products).sum())
+
+
+def contrast_attracted_bwd(grad_rows, query, scale, attraction):
+    """Default kernel of ``sslkernels::contrast_attracted_bwd``: the softmax's mean key is what a query is drawn to."""
+    weights = grad_rows.to(query.dtype)
+    return attraction * (weights * scale)[:, None], (weights * (query * attraction).sum(dim=1)).sum()
 
 
 def _gradients(weights, query, key, used, scale):

@@ -246,13 +246,13 @@ def _contrast_bwd_weights_kernel(
 ):
     """weights (N, 2), weight and base: weight exp(|scale| (similarity - base)) is grad / peak times the softmax.
 
-    The weight is 0 where nothing takes part.
+    The weight is 0 where nothing takes part, and NaN where the log-sum-exp is.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = rows < N
     size = tl.abs(tl.load(scale_ptr)).to(tl.float64)
     lse = tl.load(lse_ptr + rows, mask=mask, other=-float("inf"))
-    some = lse > -float("inf")
+    some = lse != -float("inf")
     lse = tl.where(some, lse, 0.0)
     if BOUNDED:
         base = tl.full((ROWS,), 1.0, tl.float32)

@@ -11,8 +11,7 @@ from sslkernels.ops.infonce import arguments
 from sslkernels.ops.infonce import contrast as core
 from sslkernels.ops.infonce import contrast_distributed as distributed
 from sslkernels.ops.infonce.contrast import ContrastiveStats
-from sslkernels.ops.infonce.contrast_reference import full_precision
-from sslkernels.ops.infonce.reference import NORMALIZE_EPS
+from sslkernels.ops.infonce.reference import NORMALIZE_EPS, full_precision
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -119,6 +118,7 @@ def info_nce(
     PyTorch: there is no matrix to avoid. float64 inputs run on the definition.
     """
     arguments.check_pair(NAME, "query", query, "positive_key", positive_key, dtype=False)
+    arguments.check_flags(NAME, normalize=normalize, return_stats=return_stats)
     arguments.check_reduction(NAME, reduction)
     arguments.check_fraction(NAME, "label_smoothing", label_smoothing)
     if negative_mode not in MODES:

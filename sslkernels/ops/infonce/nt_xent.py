@@ -175,18 +175,20 @@ def mises_fisher_weights(
 ) -> torch.Tensor:
     """The weights of DCLW, (N,) without grad: ``2 - N * softmax(<z0_i, z1_i> / sigma)`` over the pairs.
 
-    Pairs that are alike already weigh less. Takes the rows as they are: normalise them first. With ``group``, the
-    softmax and N are those of the pairs of all its ranks.
+    Pairs that are alike already weigh less. Takes the rows as they are: normalise them first. ``sigma`` is not 0. With
+    ``group``, the softmax and N are those of the pairs of all its ranks.
 
     Source: Yeh et al., Decoupled Contrastive Learning (2022), section 3.2.
     """
-    arguments.check_pair("mises_fisher_weights", "z0", z0, "z1", z1)
+    name = "mises_fisher_weights"
+    arguments.check_pair(name, "z0", z0, "z1", z1)
+    width = arguments.scalar(name, "sigma", sigma, z0, nonzero=True).tensor.detach()
     compute = arguments.accumulation_dtype(z0)
     products = (z0.detach().to(compute) * z1.detach().to(compute)).sum(dim=1)
     if group is None:
-        return 2 - z0.shape[0] * torch.softmax(products / sigma, dim=0)
+        return 2 - z0.shape[0] * torch.softmax(products / width, dim=0)
     every = gather(products, group)
-    return 2 - len(every) * torch.exp(products / sigma - torch.logsumexp(every / sigma, dim=0))
+    return 2 - len(every) * torch.exp(products / width - torch.logsumexp(every / width, dim=0))
 
 
 def hard_nt_xent(
@@ -233,6 +235,7 @@ def hard_nt_xent(
     arguments.check_pair(name, "z0", z0, "z1", z1)
     arguments.check_fraction(name, "beta", beta, below=math.inf)
     arguments.check_fraction(name, "tau_plus", tau_plus)
+    arguments.check_flags(name, normalize=normalize)
     arguments.check_reduction(name, reduction)
     arguments.check_backend(name, backend, z0.device.type)
     tau = arguments.temperature(name, temperature, z0)
@@ -258,6 +261,7 @@ def hard_nt_xent(
 def _two_views(name, z0, z1, temperature, weight, normalize, reduction, return_stats, backend, group, exchange):
     """`nt_xent` where ``weight`` is None, else its decoupled form."""
     arguments.check_pair(name, "z0", z0, "z1", z1)
+    arguments.check_flags(name, normalize=normalize, return_stats=return_stats)
     arguments.check_reduction(name, reduction)
     tau = arguments.temperature(name, temperature, z0)
     arguments.check_backend(name, backend, z0.device.type)
@@ -315,6 +319,7 @@ def _positive_weight(name: str, weight, z0: torch.Tensor) -> torch.Tensor:
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         given = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
         raise TypeError(f"{name}: positive_weight must be a floating-point tensor, got {given}")
+    arguments.check_strided(name, "positive_weight", weight)
     if weight.shape not in ((pairs,), (2 * pairs,)):
         raise ValueError(f"{name}: positive_weight must be ({pairs},) or ({2 * pairs},), got {tuple(weight.shape)}")
     if weight.requires_grad:

@@ -57,7 +57,7 @@ def _store_rows(
     logsumexp = positive * LN_2 + loss
     if decoupled:
         weight = tl.load(positive_weight_ptr + index, mask=mask, other=0.0)
-        negatives = tl.where(sums > 0, negatives, 0.0)
+        negatives = tl.where(sums == 0, 0.0, negatives)
         loss = (negatives - weight * positive) * LN_2
         logsumexp = negatives * LN_2
     tl.store(loss_ptr + index, loss.to(tl.float32), mask=mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -10,6 +11,20 @@ import torch.nn.functional as F
 NORMALIZE_EPS = 1e-12  # of torch.nn.functional.normalize
 
 
+def full_precision(function):
+    """Runs it without autocast, which would round matrix products to 16 bits."""
+
+    @functools.wraps(function)
+    def run(first, *others, **named):
+        if not torch.amp.is_autocast_available(first.device.type):
+            return function(first, *others, **named)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *others, **named)
+
+    return run
+
+
+@full_precision
 def nt_xent_rows(z0, z1, temperature, normalize, positive_weight=None):
     """Per-row loss, log-sum-exp, positive logit and top-1 hit of NT-Xent, each (2N,), in the dtype of the inputs.
 
@@ -85,7 +100,7 @@ def hard_negatives(mean, positive, tau_plus, floor):
     if tau_plus == 0:
         return torch.maximum(mean, floor)
     share = positive + math.log(tau_plus) - mean
-    some = share < 0
+    some = ~(share >= 0)  # a NaN is to stay one
     rest = mean + torch.log1p(-torch.exp(torch.where(some, share, -1.0))) - math.log1p(-tau_plus)
     return torch.maximum(torch.where(some, rest, -torch.inf), floor)
 
@@ -186,6 +201,7 @@ def nt_xent_fwd(z0, z1, temperature, positive_weight, normalize, bounded, top1, 
     return loss, logsumexp.double(), positive.clone(), hits if top1 else hits.new_empty(0)
 
 
+@full_precision
 def nt_xent_bwd(grad_loss, z0, z1, temperature, positive_weight, loss, logsumexp, normalize, bounded, bf16_matmul):
     """Default kernel of ``sslkernels::nt_xent_bwd``: the gradients written out, without autograd.
 

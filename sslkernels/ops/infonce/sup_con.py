@@ -45,8 +45,8 @@ def sup_con(
 
     Args:
         features: (N, D) embeddings of all views; float32, bfloat16, float16 or float64; any strides. D >= 1.
-        labels: (N,) integers of any type. -1, or any negative one: no label. Such a row has no positives and is a
-            negative for all others.
+        labels: (N,) int64, int32, int16, int8 or uint8. -1, or any negative one: no label. Such a row has no positives
+            and is a negative for all others.
         temperature: nonzero; a float, or a floating-point tensor of one element, which may require grad.
         normalize: divide each row by max(length, 1e-12) first, as ``F.normalize`` does.
         reduction: "mean" over the rows that have positives, "sum", or "none" for the rows, 0 where there are none.
@@ -65,9 +65,14 @@ def sup_con(
 
     Cost: with one unit = 2 N^2 D flops: 0.5 forward and 1.5 backward on the CPU, against 1 and 2 in plain PyTorch. The
     positives cost O(N D), however many there are: their mean logit is that of their mean. O(N D) extra memory.
+
+    Accuracy: a row's loss is the difference of a log-sum-exp and the mean logit of its positives. What is smaller than
+    about ``1e-7 / |temperature|``, in the loss and in the gradients, is rounding; a run that has converged so far needs
+    float64 features with ``backend="reference"``.
     """
     arguments.check_matrix(NAME, "features", features)
     labels = arguments.check_integers(NAME, "labels", labels, features.shape[0], features.device)
+    arguments.check_flags(NAME, normalize=normalize)
     arguments.check_reduction(NAME, reduction)
     tau = arguments.temperature(NAME, temperature, features)
     arguments.check_backend(NAME, backend, features.device.type)

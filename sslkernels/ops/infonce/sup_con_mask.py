@@ -59,6 +59,7 @@ def masked_sup_con(
 def _check_mask(mask, samples: int, device: torch.device) -> None:
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"{NAME}: mask must be a tensor, got {type(mask).__name__}")
+    arguments.check_strided(NAME, "mask", mask)
     if mask.shape != (samples, samples):
         raise ValueError(f"{NAME}: mask must be {(samples, samples)}, got {tuple(mask.shape)}")
     if mask.device != device:
