@@ -60,6 +60,8 @@ for _name, _schema in SCHEMAS.items():
         torch.library.define(f"sslkernels::{_operator}", _schema, tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(f"sslkernels::{_name}", "default", getattr(reference, _name))
 
+_operators = {name: _library.operator(name, "sslkernels") for name in (*SCHEMAS, *COMPILED.values())}
+
 
 def _contrast_fwd_fake(
     query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul
@@ -147,7 +149,7 @@ def _register(contrast_fwd: str, contrast_bwd: str, sigmoid_fwd: str, sigmoid_bw
         (contrast_fwd, contrast_bwd, _contrast_backward, _save_contrast),
         (sigmoid_fwd, sigmoid_bwd, _sigmoid_backward, _save_sigmoid),
     ):
-        partner = getattr(torch.ops.sslkernels, backward)
+        partner = _operators[backward]
         torch.library.register_autograd(
             f"sslkernels::{forward}", functools.partial(gradients, partner), setup_context=save
         )
@@ -160,7 +162,7 @@ _register(*COMPILED.values())
 
 def operator(name: str, backend: str | None):
     """The operator to call for ``backend``: "cuda" has its own, all others are those of the device."""
-    return getattr(torch.ops.sslkernels, COMPILED[name] if backend == "cuda" else name)
+    return _operators[COMPILED[name] if backend == "cuda" else name]
 
 
 def _serve_cuda(name: str, owner: str) -> None:
