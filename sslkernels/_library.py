@@ -111,9 +111,11 @@ def check_backend(op: str, backend: str | None, device: str) -> None:
     available = backends()[op].get(device)
     if available is None or backend not in (available.active, *available.besides):
         reason = available.absent.get(backend) if available else None
-        if reason is None:
-            reason = f"it is for tensors on {_DEVICES[backend]}" if backend in _DEVICES else "there is none of that name"
-        raise RuntimeError(f"{op}: backend {backend!r} is not available on {device}: {reason}")
+        elsewhere = backend in _DEVICES and f"it is for tensors on {_DEVICES[backend]}"
+        raise RuntimeError(
+            f"{op}: backend {backend!r} is not available on {device}: "
+            f"{reason or elsewhere or 'there is none of that name'}"
+        )
 
 
 def check_strided(op: str, argument: str, x: torch.Tensor) -> None:

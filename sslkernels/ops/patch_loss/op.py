@@ -85,7 +85,9 @@ def _is_last_use(*tensors) -> bool:
     plain = all(
         type(tensor) is torch.Tensor
         and tensor.device.type == "cpu"
+        # of torch.vmap, and of is_grads_batched=True, which has wrappers of its own
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
         for tensor in tensors
     )
     return plain and not torch._C._autograd._get_current_graph_task_keep_graph()
