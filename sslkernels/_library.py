@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -129,6 +130,7 @@ def operator(torch_op: str, op: str) -> Callable:
     """The operator of that name, but for tangents an error that names ``op``: operators drop them without a word."""
     call = getattr(torch.ops.sslkernels, torch_op)
 
+    @functools.wraps(call, assigned=(), updated=())
     def checked(*args: Any) -> Any:
         # the level costs nothing to ask for, and is negative wherever nothing is differentiated forward
         if forward_ad._current_level >= 0 and any(isinstance(x, torch.Tensor) and _has_tangent(x) for x in args):
