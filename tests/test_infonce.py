@@ -285,7 +285,12 @@ def bad_calls():
             (z, z, torch.ones((), device="meta")),
             {},
         ),
-        "backend 'cuda' is not available on cpu": (RuntimeError, (z, z), {"backend": "cuda"}),
+        "z1 must be a strided tensor, got torch.sparse_coo": (TypeError, (z, z.to_sparse()), {}),
+        "backend 'cuda' is not available on cpu: it is for tensors on cuda": (
+            RuntimeError,
+            (z, z),
+            {"backend": "cuda"},
+        ),
     }
 
 

@@ -1,5 +1,8 @@
 """PatchMask and `sslkernels.compat` keep what the originals keep, given the same noise, and what they add holds."""
 
+import builtins
+import re
+
 import pytest
 import torch
 from masking_forms import (
@@ -110,6 +113,37 @@ def test_patch_mask_serves_a_vit_of_timm_eager_and_compiled():
 def test_patch_mask_refuses_a_probability(prob):
     with pytest.raises(ValueError, match=r"PatchMask: prob must be in \[0, 1"):
         PatchMask(prob)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"num_prefix_tokens": -1}, "ValueError: num_prefix_tokens must be at least 0, got -1"),
+        ({"num_prefix_tokens": 1.0}, "TypeError: num_prefix_tokens must be an int, got float"),
+        ({"ordered": 1}, "TypeError: ordered must be a bool, got int"),
+        ({"seed": 2**64}, "ValueError: seed must be in [-2**63, 2**64), got"),
+        ({"seed": 0.5}, "TypeError: seed must be an int or a tensor of one integer, got float"),
+        ({"seed": torch.zeros(2)}, "ValueError: seed must be an int or a tensor of one integer, got torch.float32 of"),
+    ],
+)
+def test_patch_mask_is_checked_when_it_is_made(options, error):
+    kind, _, message = error.partition(": ")
+    with pytest.raises(getattr(builtins, kind), match="^" + re.escape(f"PatchMask: {message}")):
+        PatchMask(**options)
+
+
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [
+        ([1.0], "TypeError: x must be a tensor, got list"),
+        (torch.zeros(4), "ValueError: x must be (N, L, D), got (4,)"),
+        (torch.zeros(2, 3, 4), "ValueError: num_prefix_tokens must be in [0, 3], got 5"),
+    ],
+)
+def test_patch_mask_names_tokens_that_are_none(x, error):
+    kind, _, message = error.partition(": ")
+    with pytest.raises(getattr(builtins, kind), match="^" + re.escape(f"PatchMask: {message}")):
+        PatchMask(0.5, 5)(x)
 
 
 # ---- MAE

@@ -256,6 +256,7 @@ ERRORS = [
         "RuntimeError: block_mask: num_masked must be in [0, 12], got -1 in row 1",
     ),
     (lambda: blocks(mask_ratio=1.5), "ValueError: block_mask: mask_ratio must be in [0, 1], got 1.5"),
+    (lambda: blocks(3, mask_ratio=1.5), "ValueError: block_mask: mask_ratio must be in [0, 1], got 1.5"),
     (lambda: blocks(min_patches=0), "ValueError: block_mask: min_patches must be at least 1, got 0"),
     (lambda: blocks(max_patches=3), "ValueError: block_mask: max_patches must be at least 4, got 3"),
     (lambda: blocks(max_patches=70000), "ValueError: block_mask: max_patches must be in [0, 65536], got 70000"),
@@ -288,6 +289,21 @@ ERRORS = [
         lambda: multi_block_mask(2, 8, seed=1, generator=torch.Generator()),
         "ValueError: multi_block_mask: seed and generator must not both be given",
     ),
+    (
+        lambda: multi(target_size=0),
+        "TypeError: multi_block_mask: target_size must be two ints, height and width, got 0",
+    ),
+    (
+        lambda: multi_block_mask(2, 8, target_size=(), seed=1),
+        "TypeError: multi_block_mask: target_size must be two ints, height and width, got ()",
+    ),
+    (
+        lambda: multi_block_mask(2, 8, context_size=ids(2, 3), seed=1),
+        "TypeError: multi_block_mask: context_size must be two ints, height and width, got tensor([2, 3])",
+    ),
+    (lambda: multi(allow_overlap=1), "TypeError: multi_block_mask: allow_overlap must be a bool, got int"),
+    (lambda: multi_block_mask(2, 8, seed=2**80), "ValueError: multi_block_mask: seed must be in [-2**63, 2**64), got"),
+    (lambda: multi_block_sizes(8, seed=2**80), "ValueError: multi_block_sizes: seed must be in [-2**63, 2**64), got"),
     (lambda: multi().truncated(50), "ValueError: multi_block_mask: num_context must be in [0, 49], got 50"),
     (lambda: multi_block_sizes(8, seed=None), "TypeError: multi_block_sizes: seed must be an int, got NoneType"),
     (
@@ -298,11 +314,14 @@ ERRORS = [
     (lambda: spans(1.5), "ValueError: span_mask: mask_prob must be in [0, 1], got 1.5"),
     (lambda: spans(span_length=0), "ValueError: span_mask: span_length must be at least 1, got 0"),
     (lambda: spans(num_spans=-1), "ValueError: span_mask: num_spans must be at least 0, got -1"),
+    (lambda: spans(num_spans=2**70), "ValueError: span_mask: num_spans must be less than 2**63, got 118059162071741"),
+    (lambda: spans(overlap=None), "TypeError: span_mask: overlap must be a bool, got NoneType"),
     (lambda: spans(num_spans=ids(1, -1)), "RuntimeError: span_mask: num_spans must be at least 0, got -1 in row 1"),
     (lambda: spans(lengths=ids(1, 10)), "RuntimeError: span_mask: lengths must be in [0, 9], got 10 in row 1"),
     (lambda: spans(lengths=9), "TypeError: span_mask: lengths must be a tensor of integers, got int"),
     (lambda: tube_mask(2, (3, 4)), "TypeError: tube_mask: grid_size must be three ints, frames, height and width, got"),
     (lambda: tube_mask(2, (3, 0, 4)), "ValueError: tube_mask: the frame of grid_size must be positive, got (0, 4)"),
+    (lambda: tube_mask(2, (3, 4, 4), ordered="no"), "TypeError: tube_mask: ordered must be a bool, got str"),
     (lambda: tube_mask(2, (3, 4, 4), num_keep=17), "ValueError: tube_mask: num_keep must be in [0, 16], got 17"),
 ]
 

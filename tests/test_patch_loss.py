@@ -422,8 +422,10 @@ ERRORS = [
     ({"norm_pix": 1}, "TypeError: norm_pix must be a bool, got int"),
     ({"eps": "0"}, "TypeError: eps must be a number, got str"),
     ({"eps": -1e-6}, "ValueError: eps must be finite and not negative, got -1e-06"),
+    ({"eps": 10**400}, "ValueError: eps must be finite and not negative, got 1000"),
+    ({"pred": PRED.to_sparse()}, "TypeError: pred must be a strided tensor, got torch.sparse_coo"),
     ({"eps": torch.nan}, "ValueError: eps must be finite and not negative, got nan"),
-    ({"backend": "triton"}, "RuntimeError: backend 'triton' is not available on cpu: there is none of that name"),
+    ({"backend": "triton"}, "RuntimeError: backend 'triton' is not available on cpu: it is for tensors on cuda"),
 ]  # fmt: skip
 
 

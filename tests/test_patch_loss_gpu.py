@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 
 import cuda_on_cpu
@@ -176,7 +177,8 @@ def test_the_compiled_cuda_kernel_owns_the_key():
 
 def test_triton_has_operators_of_its_own():
     """``backend="triton"`` calls them where the compiled kernel has the key; the backward of one is its own."""
-    assert op.patch_loss_fwd("triton") is torch.ops.sslkernels.patch_loss_triton_fwd
-    assert op.patch_loss_fwd("cuda") is op.patch_loss_fwd(None) is torch.ops.sslkernels.patch_loss_fwd
+    operators = {backend: inspect.unwrap(op.patch_loss_fwd(backend)) for backend in ("triton", "cuda", None)}
+    assert operators["triton"] is torch.ops.sslkernels.patch_loss_triton_fwd
+    assert operators["cuda"] is operators[None] is torch.ops.sslkernels.patch_loss_fwd
     for name in op.TRITON.values():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkernels::{name}", "CUDA")

@@ -145,6 +145,9 @@ X, IDS, M = torch.zeros(2, 6, 4), torch.zeros(2, 3, dtype=torch.int64), torch.ze
 KEPT, PLACES = torch.zeros(2, 3, 4), torch.arange(6).expand(2, 6)
 IMAGES, WEIGHT = torch.zeros(2, 3, 4, 6), torch.zeros(5, 3, 2, 3)
 META = torch.zeros(2, 6, device="meta")
+NESTED, JAGGED = (
+    torch.nested.nested_tensor([X[0], X[0, 1:]], layout=layout) for layout in (torch.strided, torch.jagged)
+)
 ERRORS = [
     # the call, the error
     (random_masking, ([1.0],), {}, "TypeError: x must be a tensor, got list"),
@@ -187,10 +190,25 @@ ERRORS = [
     (random_masking, (X,), {"ids_keep": IDS[:1]}, "ValueError: ids_keep must be (2, *), got (1, 3)"),
     (random_masking, (X[:, :0],), {"ids_keep": IDS},
      "ValueError: ids_keep must be (2, 0) where there are no tokens, got (2, 3)"),
-    (random_masking, (X,), {"backend": "cuda"}, "RuntimeError: backend 'cuda' is not available on cpu: "),
-    (random_masking, (X,), {"backend": "fast"}, "RuntimeError: backend 'fast' is not available on cpu: "),
+    (random_masking, (X,), {"backend": "cuda"}, "RuntimeError: backend 'cuda' is not available on cpu: it is for "
+     "tensors on cuda"),
+    (random_masking, (X,), {"backend": "fast"}, "RuntimeError: backend 'fast' is not available on cpu: there is none "),
+    (random_masking, (X,), {"backend": ["cpp"]}, "TypeError: backend must be a string or None, got list"),
+    (random_masking, (X,), {"ordered": 1}, "TypeError: ordered must be a bool, got int"),
+    (random_masking, (X, 1.5), {"num_keep": 3}, "ValueError: mask_ratio must be in [0, 1], got 1.5"),
+    (random_masking, (X, "0.5"), {"ids_keep": IDS}, "TypeError: mask_ratio must be a number, got str"),
+    (random_masking, (X.to_sparse(),), {}, "TypeError: x must be a strided tensor, got torch.sparse_coo"),
+    (random_masking, (X.to_mkldnn(),), {}, "TypeError: x must be a strided tensor, got torch._mkldnn"),
+    (random_masking, (NESTED,), {}, "TypeError: x must be a strided tensor, got a nested tensor"),
+    (random_masking, (JAGGED,), {}, "TypeError: x must be a strided tensor, got a nested tensor"),
+    (random_masking, (X,), {"sample_ids": IDS[:, 0].to_sparse()},
+     "TypeError: sample_ids must be a strided tensor, got torch.sparse_coo"),
+    (random_masking, (X,), {"seed": IDS[0, :1].to_sparse()},
+     "TypeError: seed must be a strided tensor, got torch.sparse_coo"),
     (patch_mask, (-1, 4), {}, "ValueError: batch_size must be at least 0, got -1"),
     (patch_mask, (2, 4.0), {}, "TypeError: num_patches must be an int, got float"),
+    (patch_mask, (2**70, 4), {}, "ValueError: batch_size must be less than 2**63, got 1180591620717411303424"),
+    (patch_mask, (2, 4), {"ordered": None}, "TypeError: ordered must be a bool, got NoneType"),
     (patch_mask, (2, 4), {"scores": X[..., 0]}, "ValueError: scores must be (2, 4), got (2, 6)"),
     (patch_mask, (2, 6), {"scores": X[..., 0], "device": "meta"},
      "ValueError: scores must be on the device of the data, meta, got cpu"),
@@ -220,6 +238,8 @@ ERRORS = [
     (masked_patch_embed, (IMAGES, WEIGHT.double(), None, IDS), {},
      "TypeError: weight must have the dtype of images, torch.float32, got torch.float64"),
     (masked_patch_embed, (IMAGES, WEIGHT, M, IDS), {}, "ValueError: bias must be (5,), got (4,)"),
+    (masked_patch_embed, (IMAGES, WEIGHT, torch.zeros(5).double(), IDS), {},
+     "TypeError: bias must have the dtype of images, torch.float32, got torch.float64"),
     (masked_patch_embed, (IMAGES, WEIGHT, None, IDS, M), {},
      "ValueError: pos_embed must be (L, 5) or (1, L, 5) with L = 4, got (4,)"),
 ]  # fmt: skip

@@ -117,6 +117,24 @@ def test_places_beyond_the_kept_are_all_removed_and_absent_ones_have_no_gradient
     assert grad.sum(dim=2).tolist() == [[0, 6, 0], [6, 0, 6]]
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("rows", [0, 2])
+def test_without_tokens_the_embedding_has_a_gradient_all_the_same(rows, backend):
+    x, places, position = random(3, 2, 6), torch.zeros(3, 0, dtype=torch.int64), random(rows, 6, requires_grad=True)
+    out = restore_tokens(x, places, None, position, num_prefix_tokens=2, backend=backend)
+    assert torch.equal(out, x if rows == 0 else x + position)
+    (grad,) = torch.autograd.grad(out.sum(), position)
+    assert torch.equal(grad, torch.full((rows, 6), 3.0))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_scores_that_are_a_negative_view(backend):
+    scores = torch.imag(random(2, 7, dtype=torch.complex64).conj())
+    assert scores.is_neg()
+    out = patch_mask(2, 7, num_keep=3, scores=scores, backend=backend)
+    assert torch.equal(out.ids_keep, scores.resolve_neg().argsort(dim=1)[:, :3])
+
+
 @pytest.mark.parametrize("shape, patch", [((3, 3, 12, 20), (4, 5)), ((2, 2, 4, 6, 9), (2, 3, 3))])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 def test_masked_patch_embed_is_a_convolution(shape, patch, layout):
@@ -330,6 +348,11 @@ def test_opcheck(dtype):
     for name, args in calls.items():
         leaves = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
         torch.library.opcheck(getattr(OPS, name).default, tuple(leaves))
+    for need_x, need_token, pos_tokens in ((True, False, 0), (False, True, 0), (False, False, 9)):  # two are not there
+        args = grad.detach(), places, 5, 2, pos_tokens, need_x, need_token
+        torch.library.opcheck(OPS.restore_tokens_bwd.default, args, test_utils="test_schema")
+        results = reference.restore_tokens_bwd(*args)
+        assert len({id(tensor) for tensor in results}) == 3
 
 
 def test_memory_is_that_of_the_results():

@@ -235,10 +235,11 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_bwd_cpu(const Tensor& grad, co
   const int64_t samples = grad.size(0), tokens = ids.size(1), columns = grad.size(2);
   STD_TORCH_CHECK(grad.size(1) == num_prefix + tokens && num_keep >= 0 && pos_tokens >= 0 && pos_tokens <= grad.size(1),
                   kRestore, ": grad must have a row for each token");
-  const Tensor nothing = torch::stable::new_empty(grad, {0});
-  Tensor grad_x = need_x ? new_result(grad, {samples, num_prefix + num_keep, columns}) : nothing;
-  Tensor grad_mask_token = need_mask_token ? torch::stable::new_empty(grad, {columns}) : nothing;
-  Tensor grad_pos = pos_tokens > 0 ? torch::stable::new_empty(grad, {pos_tokens, columns}) : nothing;
+  // an operator's results share no memory
+  const auto nothing = [&] { return torch::stable::new_empty(grad, {0}); };
+  Tensor grad_x = need_x ? new_result(grad, {samples, num_prefix + num_keep, columns}) : nothing();
+  Tensor grad_mask_token = need_mask_token ? torch::stable::new_empty(grad, {columns}) : nothing();
+  Tensor grad_pos = pos_tokens > 0 ? torch::stable::new_empty(grad, {pos_tokens, columns}) : nothing();
   const Places places{const_data<int64_t>(ids), samples, tokens, num_keep};
   const int64_t row_bytes = columns * static_cast<int64_t>(grad.element_size());
   const TokenRows kept = dense_rows(grad_x.mutable_data_ptr(), num_prefix + num_keep, row_bytes);

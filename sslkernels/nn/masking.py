@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sslkernels.ops import random_masking
-from sslkernels.ops.patch_mask.arguments import num_kept, ratio
+from sslkernels.ops.patch_mask import arguments, randomness
 
 NAME = "PatchMask"
 
@@ -52,12 +52,14 @@ class PatchMask(nn.Module):
         seed: int | torch.Tensor | None = None,
     ):
         super().__init__()
-        ratio(NAME, "prob", prob)
+        arguments.check_ratio(NAME, "prob", prob)
         if prob == 1:
             raise ValueError(f"{NAME}: prob must be in [0, 1), got {prob}")
+        if seed is not None:
+            randomness.check_seed(NAME, seed)
         self.prob = prob
-        self.num_prefix_tokens = num_prefix_tokens
-        self.ordered = ordered
+        self.num_prefix_tokens = arguments.count(NAME, "num_prefix_tokens", num_prefix_tokens)
+        self.ordered = arguments.flag(NAME, "ordered", ordered)
         self.return_indices = return_indices
         self.seed = seed
         self.sample_ids = None
@@ -76,12 +78,13 @@ class PatchMask(nn.Module):
         """
         if not self.training or self.prob == 0:
             return (x, None) if self.return_indices else x
-        tokens = x.shape[1] - self.num_prefix_tokens
+        arguments.check_tokens(NAME, "x", x)
+        tokens = x.shape[1] - arguments.prefix(NAME, self.num_prefix_tokens, x)
         if scores is None:
             seed = self.seed if seed is None else seed
             sample_ids = self.sample_ids if sample_ids is None else sample_ids
         out = random_masking(
-            x, num_keep=min(tokens, max(1, num_kept(NAME, tokens, self.prob, None))), ordered=self.ordered,
+            x, num_keep=min(tokens, max(1, arguments.num_kept(NAME, tokens, self.prob, None))), ordered=self.ordered,
             num_prefix_tokens=self.num_prefix_tokens, seed=seed, sample_ids=sample_ids, scores=scores,
         )  # fmt: skip
         return (out.x_kept, out.ids_keep) if self.return_indices else out.x_kept

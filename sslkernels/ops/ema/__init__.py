@@ -139,16 +139,11 @@ def _options(device, part, momentum, found_inf, seed, step) -> tuple:
 
 def _implementation(backend: str | None, device: str):
     """What updates the tensors of one device: the operator, or what it hides on this device."""
+    _library.check_backend(lists.NAME, backend, device)
     if backend == "reference":
         return reference.ema_update_op_
-    available = _library.backends()[lists.NAME].get(device) if backend else None
-    if backend is None or (available and backend == available.active):
+    if backend is None or backend == _library.backends()[lists.NAME][device].active:
         return torch.ops.sslkernels.ema_update_
-    if available and backend in available.besides:
-        from sslkernels.ops.ema import kernels
+    from sslkernels.ops.ema import kernels
 
-        return kernels.ema_update_
-    reason = available.absent.get(backend) if available else None
-    raise RuntimeError(
-        f"{lists.NAME}: backend {backend!r} is not available on {device}: {reason or 'there is none of that name'}"
-    )
+    return kernels.ema_update_

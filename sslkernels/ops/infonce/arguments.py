@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 
-from sslkernels._library import check_backend  # noqa: F401  for the losses, beside the other checks
+from sslkernels._library import check_backend, check_strided  # noqa: F401  the former for the losses
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,6 +37,7 @@ def check_matrix(op: str, argument: str, x, like: str = "(N, D)", dims: int = 2)
     check_strided(op, argument, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {argument} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    check_strided(op, argument, x)
     if x.dim() != dims:
         raise ValueError(f"{op}: {argument} must be {like}, got {tuple(x.shape)}")
     if x.shape[-1] == 0:

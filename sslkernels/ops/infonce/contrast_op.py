@@ -69,6 +69,8 @@ torch.library.define(
 )
 torch.library.impl(f"sslkernels::{ATTRACTED}", "default", reference.contrast_attracted_bwd)
 
+_operators = {name: _library.operator(name, "sslkernels") for name in (*SCHEMAS, *COMPILED.values())}
+
 
 def _contrast_fwd_fake(
     query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul
@@ -158,7 +160,7 @@ def _register(contrast_fwd: str, contrast_bwd: str, sigmoid_fwd: str, sigmoid_bw
         (contrast_fwd, contrast_bwd, _contrast_backward, _save_contrast),
         (sigmoid_fwd, sigmoid_bwd, _sigmoid_backward, _save_sigmoid),
     ):
-        partner = getattr(torch.ops.sslkernels, backward)
+        partner = _operators[backward]
         torch.library.register_autograd(
             f"sslkernels::{forward}", functools.partial(gradients, partner), setup_context=save
         )
@@ -173,7 +175,7 @@ _register(*COMPILED.values())
 
 def operator(name: str, backend: str | None):
     """The operator to call for ``backend``: "cuda" has its own, all others are those of the device."""
-    return getattr(torch.ops.sslkernels, COMPILED[name] if backend == "cuda" else name)
+    return _operators[COMPILED[name] if backend == "cuda" else name]
 
 
 def _serve_cuda(name: str, owner: str) -> None:

@@ -11,7 +11,7 @@ from sslkernels.distributed import gather
 from sslkernels.ops.infonce import arguments, reference
 from sslkernels.ops.infonce import contrast as core
 from sslkernels.ops.infonce import contrast_distributed as distributed
-from sslkernels.ops.infonce import op as _op  # noqa: F401  registers the operators
+from sslkernels.ops.infonce import op as operators
 from sslkernels.ops.infonce.contrast import ContrastiveStats
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def _rows(z0, z1, tau: arguments.Scalar, weight, normalize: bool, top1: bool, ba
         return reference.nt_xent_rows(z0.to(compute), z1.to(compute), tau.tensor, normalize, weight)
     bounded = normalize and tau.value is not None and 2 / abs(tau.value) <= arguments.MAX_BOUNDED_SPAN
     bf16_matmul = z0.dtype == torch.float32 and arguments.medium_precision()
-    return torch.ops.sslkernels.nt_xent_fwd(z0, z1, tau.tensor, weight, normalize, bounded, top1, bf16_matmul)
+    return operators.nt_xent_fwd(z0, z1, tau.tensor, weight, normalize, bounded, top1, bf16_matmul)
 
 
 def _rows_among(peers, z0, z1, tau: arguments.Scalar, weight, normalize: bool, top1: bool, backend: str | None):

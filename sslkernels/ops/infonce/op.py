@@ -27,6 +27,8 @@ torch.library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 
+nt_xent_fwd, _nt_xent_bwd = (_library.operator(name, "nt_xent") for name in ("nt_xent_fwd", "nt_xent_bwd"))
+
 torch.library.impl("sslkernels::nt_xent_fwd", "default", reference.nt_xent_fwd)
 torch.library.impl("sslkernels::nt_xent_bwd", "default", reference.nt_xent_bwd)
 
@@ -50,7 +52,7 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    grads = torch.ops.sslkernels.nt_xent_bwd(grad_loss, *ctx.saved_tensors, ctx.normalize, ctx.bounded, ctx.bf16_matmul)
+    grads = _nt_xent_bwd(grad_loss, *ctx.saved_tensors, ctx.normalize, ctx.bounded, ctx.bf16_matmul)
     return *grads, None, None, None, None, None
 
 

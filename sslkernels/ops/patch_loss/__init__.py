@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 
+from sslkernels._library import check_strided
 from sslkernels.ops.infonce.arguments import DTYPES, INTEGERS, check_backend
 from sslkernels.ops.patch_loss import op, reference
 
-NAME = "masked_patch_loss"
+NAME = op.NAME
 MASKS = (torch.bool, *INTEGERS, *DTYPES)
 
 
@@ -98,6 +99,7 @@ def _check_tensor(argument: str, tensor, dtypes: tuple[torch.dtype, ...], expect
         raise TypeError(f"{NAME}: {argument} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         raise TypeError(f"{NAME}: {argument} must be {expected}, got {tensor.dtype}")
+    check_strided(NAME, argument, tensor)
 
 
 def _checked_patch_size(patch_size, images) -> tuple[int, ...]:
@@ -151,5 +153,5 @@ def _check_shapes(pred, images, mask, patch_size: tuple[int, ...]) -> None:
 def _check_eps(eps) -> None:
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"{NAME}: eps must be a number, got {type(eps).__name__}")
-    if not 0 <= eps < math.inf:
+    if not 0 <= eps <= sys.float_info.max:  # which an int may exceed
         raise ValueError(f"{NAME}: eps must be finite and not negative, got {eps}")

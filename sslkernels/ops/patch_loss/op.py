@@ -10,6 +10,8 @@ import torch
 from sslkernels import _library
 from sslkernels.ops.patch_loss import reference
 
+NAME = "masked_patch_loss"
+
 # pred (N, L, D); images (N, C, [T,] H, W) of any strides; mask (N, L) bool; patch_size ([t,] p, q), of which L is the
 # grid and D = C * prod(patch_size) the size. Any of fp32, bf16, fp16, fp64, pred and images each its own.
 # loss: 0-dim, fp32, or fp64 where an argument is. grad_pred (N, L, D), or (0,) without need_grad: the gradient for a
@@ -80,7 +82,14 @@ def _is_last_use(*tensors) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    plain = all(type(tensor) is torch.Tensor and tensor.device.type == "cpu" for tensor in tensors)
+    plain = all(
+        type(tensor) is torch.Tensor
+        and tensor.device.type == "cpu"
+        # of torch.vmap, and of is_grads_batched=True, which has wrappers of its own
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)
+        for tensor in tensors
+    )
     return plain and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
@@ -90,13 +99,14 @@ def _define(fwd: str, bwd: str) -> None:
     for name, schema, fake in zip((fwd, bwd), SCHEMAS.values(), fakes, strict=True):
         torch.library.define(f"sslkernels::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"sslkernels::{name}", fake)
-    gradient = functools.partial(_backward, getattr(torch.ops.sslkernels, bwd))
+    gradient = functools.partial(_backward, _library.operator(bwd, NAME))
     torch.library.register_autograd(f"sslkernels::{fwd}", gradient, setup_context=_save)
     torch.library.register_autograd(f"sslkernels::{bwd}", _backward_bwd, setup_context=_save_bwd)
 
 
 _define(*SCHEMAS)
 _define(*TRITON.values())
+_forward = {name: _library.operator(name, NAME) for name in ("patch_loss_fwd", TRITON["patch_loss_fwd"])}
 
 
 def _serve_cuda(name: str, kernel: str) -> None:
@@ -116,4 +126,4 @@ for _name in SCHEMAS:
 
 def patch_loss_fwd(backend: str | None):
     """The operator to call for ``backend``: Triton's where it is asked for, else that of the device."""
-    return getattr(torch.ops.sslkernels, TRITON["patch_loss_fwd"] if backend == "triton" else "patch_loss_fwd")
+    return _forward[TRITON["patch_loss_fwd"] if backend == "triton" else "patch_loss_fwd"]

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import torch
 
-from sslkernels._library import check_backend  # noqa: F401  for the public functions, beside the other checks
+from sslkernels._library import check_backend, check_strided  # noqa: F401  the former for the public functions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -19,6 +19,7 @@ def check_floating(op: str, argument: str, x) -> None:
         raise TypeError(f"{op}: {argument} must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {argument} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    check_strided(op, argument, x)
 
 
 def check_tokens(op: str, argument: str, x) -> None:
@@ -34,13 +35,21 @@ def check_device(op: str, argument: str, x: torch.Tensor, device: torch.device) 
 
 
 def count(op: str, argument: str, value, most=None) -> int:
-    """An integer in [0, most]."""
+    """An integer in [0, most], or in what 64 bits with a sign hold."""
     if isinstance(value, bool) or not isinstance(value, INT):
         raise TypeError(f"{op}: {argument} must be an int, got {type(value).__name__}")
     if value < 0 or (most is not None and value > most):
         expected = "at least 0" if most is None else f"in [0, {most}]"
         raise ValueError(f"{op}: {argument} must be {expected}, got {value}")
+    if most is None and isinstance(value, int) and value >= 2**63:
+        raise ValueError(f"{op}: {argument} must be less than 2**63, got {value}")
     return value  # type: ignore[return-value]  # a SymInt acts as an int
+
+
+def flag(op: str, argument: str, value) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {argument} must be a bool, got {type(value).__name__}")
+    return value
 
 
 def prefix(op: str, value, x: torch.Tensor) -> int:
@@ -51,17 +60,23 @@ def prefix(op: str, value, x: torch.Tensor) -> int:
 def num_kept(op: str, tokens: int, mask_ratio, num_keep) -> int:
     """num_keep where it is given, else floor(tokens * (1 - mask_ratio)), exactly."""
     if num_keep is not None:
+        check_ratio(op, "mask_ratio", mask_ratio)
         return count(op, "num_keep", num_keep, tokens)
     numerator, denominator = ratio(op, "mask_ratio", mask_ratio)
     return tokens * (denominator - numerator) // denominator
 
 
-def ratio(op: str, argument: str, value) -> tuple[int, int]:
-    """A number in [0, 1] as the fraction that its shortest decimal is: 0.9 is 9/10, not the double nearest to it."""
+def check_ratio(op: str, argument: str, value) -> None:
+    """A number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}")
     if not 0 <= value <= 1:
         raise ValueError(f"{op}: {argument} must be in [0, 1], got {value}")
+
+
+def ratio(op: str, argument: str, value) -> tuple[int, int]:
+    """A number in [0, 1] as the fraction that its shortest decimal is: 0.9 is 9/10, not the double nearest to it."""
+    check_ratio(op, argument, value)
     (value,) = {value}  # the compiler takes an element of a set at its value, as a size must be
     return _fraction(value)
 
@@ -77,6 +92,7 @@ def integers(op: str, argument: str, x, shape: tuple, device: torch.device) -> t
         raise TypeError(f"{op}: {argument} must be a tensor of integers, got {type(x).__name__}")
     if x.dtype not in INTEGERS:
         raise TypeError(f"{op}: {argument} must be a tensor of integers, got {x.dtype}")
+    check_strided(op, argument, x)
     check_shape(op, argument, x, shape)
     check_device(op, argument, x, device)
     return x.to(torch.int64)

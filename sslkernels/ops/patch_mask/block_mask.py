@@ -130,6 +130,7 @@ def _aspects(min_aspect, max_aspect) -> list[int]:
 
 def _wanted(num_masked, mask_ratio, samples: int, patches: int, device: torch.device) -> torch.Tensor:
     """(N,) int64: how many patches of each sample to mask."""
+    arguments.check_ratio(NAME, "mask_ratio", mask_ratio)
     if isinstance(num_masked, torch.Tensor):
         return arguments.integers(NAME, "num_masked", num_masked, (samples,), device)
     if num_masked is None:

@@ -226,8 +226,8 @@ def restore_tokens_fwd(x, ids_restore, mask_token, pos_embed, num_prefix):
 
 def restore_tokens_bwd(grad, ids_restore, num_keep, num_prefix, pos_tokens, need_x, need_mask_token):
     """``sslkernels::restore_tokens_bwd`` on a GPU; sums are over parts of the samples, then over the parts."""
-    grad, nothing = _readable(grad), grad.new_empty(0)
-    grad_x = grad_mask_token = grad_pos = nothing
+    grad = _readable(grad)
+    grad_x, grad_mask_token, grad_pos = (grad.new_empty(0) for _ in range(3))  # an operator's results share no memory
     if need_x:
         with torch.cuda.device_of(grad):
             ids_keep = _inverse(ids_restore, num_keep)

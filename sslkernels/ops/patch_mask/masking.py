@@ -71,7 +71,8 @@ def random_masking(
             under `torch.compile`.
         scores: (N, L) floating-point numbers in place of ``u``, compared as float32: the smallest are kept, ties by
             index, NaN last. Gradients do not flow into them.
-        ids_keep: (N, K) integers in [0, L), distinct in each row: the tokens to keep, in place of everything drawn.
+        ids_keep: (N, K) integers in [0, L), distinct in each row: the tokens to keep, in place of everything drawn. The
+            ``ids_keep`` that is returned may be this very tensor, where it is int64 and not to be ``ordered``.
         backend: None for the fastest one (see `sslkernels.backends`), or "cpp", "cuda", "triton", "reference".
 
     Returns:
@@ -82,7 +83,8 @@ def random_masking(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
         RuntimeError: ``backend`` is not available here; or, on a CPU, ``ids_keep`` has an id out of range or twice. On
-            a GPU an id out of range gives a row of NaN.
+            a GPU an id out of range gives a row of NaN. Compiled code that uses ``x_kept`` alone, neither ``mask`` nor
+            ``ids_restore``, does not notice an id that is there twice.
 
     Source: He et al., Masked Autoencoders Are Scalable Vision Learners (2022), section 3. Random numbers are those of
     Philox4x32-10.
@@ -93,12 +95,14 @@ def random_masking(
     name = "random_masking"
     arguments.check_tokens(name, "x", x)
     prefix = arguments.prefix(name, num_prefix_tokens, x)
+    arguments.flag(name, "ordered", ordered)
     arguments.check_backend(name, backend, x.device.type)
     samples, tokens = x.shape[0], x.shape[1] - prefix
     ops = op.family(backend)
     if ids_keep is not None:
         given = {"num_keep": num_keep, "seed": seed, "sample_ids": sample_ids, "generator": generator}
         randomness.refuse(name, "ids_keep", scores=scores, **given)
+        arguments.check_ratio(name, "mask_ratio", mask_ratio)
         ids_keep = arguments.kept_ids(name, "ids_keep", ids_keep, samples, tokens, x.device)
         if ordered:
             ids_keep = ids_keep.sort(dim=1).values
@@ -150,6 +154,7 @@ def patch_mask(
     samples = arguments.count(name, "batch_size", batch_size)
     tokens = arguments.count(name, "num_patches", num_patches)
     kept = arguments.num_kept(name, tokens, mask_ratio, num_keep)
+    arguments.flag(name, "ordered", ordered)
     where = randomness.device_of(name, device, scores, sample_ids, seed)
     arguments.check_backend(name, backend, where.type)
     keys = _keys(name, seed, sample_ids, generator, scores, samples, tokens, where)

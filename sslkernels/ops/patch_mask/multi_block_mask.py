@@ -81,6 +81,7 @@ def multi_block_sizes(
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"multi_block_sizes: seed must be an int, got {type(seed).__name__}")
+    randomness.check_range("multi_block_sizes", seed)
     return _sizes("multi_block_sizes", grid_size, seed, target_scale, target_aspect, context_scale)
 
 
@@ -194,11 +195,13 @@ def multi_block_mask(
     height, width = grids.grid(NAME, grid_size)
     targets = arguments.count(NAME, "num_targets", num_targets, grids.MAX_TOKENS)
     least = arguments.count(NAME, "min_context", min_context, grids.MAX_TOKENS)
+    arguments.flag(NAME, "allow_overlap", allow_overlap)
     where = randomness.device_of(NAME, device, sample_ids, seed)
     if target_size is None or context_size is None:
         seed, generator = _host_seed(seed, generator), None
         sizes = _sizes(NAME, (height, width), seed, target_scale, target_aspect, context_scale)
-        target_size, context_size = target_size or sizes.target_size, context_size or sizes.context_size
+        target_size = sizes.target_size if target_size is None else target_size
+        context_size = sizes.context_size if context_size is None else context_size
     target_size = grids.rectangle(NAME, "target_size", target_size, (height, width))
     context_size = grids.rectangle(NAME, "context_size", context_size, (height, width))
     arguments.check_backend(NAME, backend, where.type)
@@ -206,7 +209,7 @@ def multi_block_mask(
     seed = randomness.seed_tensor(NAME, seed, generator, where)
     ops = mask_makers_op.family(backend)
     out = ops.multi_block_mask_fwd(
-        seed, ids, samples, height, width, *target_size, *context_size, targets, least, bool(allow_overlap)
+        seed, ids, samples, height, width, *target_size, *context_size, targets, least, allow_overlap
     )
     return MultiBlockMasks(*out)
 
@@ -222,4 +225,5 @@ def _host_seed(seed, generator) -> int:
         raise TypeError(f"{NAME}: seed must be an int or a tensor of one integer, got {type(seed).__name__}")
     if generator is not None:
         raise ValueError(f"{NAME}: seed and generator must not both be given")
+    randomness.check_range(NAME, seed)
     return seed

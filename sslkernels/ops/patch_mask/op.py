@@ -231,7 +231,8 @@ class _Family:
 
     def __init__(self, names: dict[str, str]):
         for name, operator in names.items():
-            setattr(self, name, getattr(torch.ops.sslkernels, operator))
+            op = name.replace("gather_patches", "masked_patch_embed").removesuffix("_fwd").removesuffix("_bwd")
+            setattr(self, name, _library.operator(operator, op))
             torch.library.register_fake(f"sslkernels::{operator}", globals()[f"_{name}_fake"])
             if name in GRADIENTS:
                 save, backward = GRADIENTS[name]

@@ -57,6 +57,7 @@ def masked_patch_embed(
         arguments.check_floating(name, "bias", bias)
         arguments.check_shape(name, "bias", bias, (columns,))
         arguments.check_device(name, "bias", bias, images.device)
+        _check_dtype(name, "bias", bias, images)
     if pos_embed is not None:
         pos_embed = arguments.embedding(name, pos_embed, (patches,), columns, images.device)
     arguments.check_backend(name, backend, images.device.type)
@@ -70,6 +71,11 @@ def masked_patch_embed(
     return tokens + picked.view(tokens.shape)
 
 
+def _check_dtype(name: str, argument: str, x: torch.Tensor, images: torch.Tensor) -> None:
+    if images.dtype != x.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise TypeError(f"{name}: {argument} must have the dtype of images, {images.dtype}, got {x.dtype}")
+
+
 def _check_images(name: str, images, weight) -> tuple[list[int], int]:
     """The patch size, and how many patches an image has."""
     arguments.check_floating(name, "images", images)
@@ -79,8 +85,7 @@ def _check_images(name: str, images, weight) -> tuple[list[int], int]:
     channels, sizes = images.shape[1], images.shape[2:]
     arguments.check_shape(name, "weight", weight, (None, channels, *[None] * len(sizes)))
     arguments.check_device(name, "weight", weight, images.device)
-    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
-        raise TypeError(f"{name}: weight must have the dtype of images, {images.dtype}, got {weight.dtype}")
+    _check_dtype(name, "weight", weight, images)
     patch_size, patches = list(weight.shape[2:]), 1
     for size, patch in zip(sizes, patch_size, strict=True):
         if patch == 0 or size % patch != 0:

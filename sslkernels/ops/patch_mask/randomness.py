@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sslkernels.ops.patch_mask import arguments
+from sslkernels.ops.patch_mask import arguments, reference
 from sslkernels.ops.patch_mask import op as _op  # noqa: F401  registers draw_seed
 
 
@@ -18,25 +18,40 @@ def seed_tensor(op: str, seed, generator: torch.Generator | None, device: torch.
         return _drawn(op, generator, device)
     if generator is not None:
         raise ValueError(f"{op}: seed and generator must not both be given")
+    check_seed(op, seed)
     if isinstance(seed, torch.Tensor):
-        if seed.dtype not in arguments.INTEGERS or seed.numel() != 1:
-            raise ValueError(
-                f"{op}: seed must be an int or a tensor of one integer, got {seed.dtype} of shape {tuple(seed.shape)}"
-            )
         arguments.check_device(op, "seed", seed, device)
         return seed.reshape(()).to(torch.int64)
-    if isinstance(seed, bool) or not isinstance(seed, arguments.INT):
-        raise TypeError(f"{op}: seed must be an int or a tensor of one integer, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{op}: seed must be in [-2**63, 2**64), got {seed}")
     if seed >= 2**63:
         (seed,) = {seed}  # at its value in the compiler, whose integers have 64 bits and a sign
         seed -= 2**64
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
+def check_seed(op: str, seed) -> None:
+    """An int of 64 bits, or a tensor of one integer."""
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype not in arguments.INTEGERS or seed.numel() != 1:
+            raise ValueError(
+                f"{op}: seed must be an int or a tensor of one integer, got {seed.dtype} of shape {tuple(seed.shape)}"
+            )
+        arguments.check_strided(op, "seed", seed)
+        return
+    if isinstance(seed, bool) or not isinstance(seed, arguments.INT):
+        raise TypeError(f"{op}: seed must be an int or a tensor of one integer, got {type(seed).__name__}")
+    check_range(op, seed)
+
+
+def check_range(op: str, seed) -> None:
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{op}: seed must be in [-2**63, 2**64), got {seed}")
+
+
 def _drawn(op: str, generator: torch.Generator | None, device: torch.device) -> torch.Tensor:
     if generator is None:
+        # within torch.vmap PyTorch's own draw heeds randomness=, which an operator without tensors never hears of
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+            return reference.draw_seed(device)
         return torch.ops.sslkernels.draw_seed(device)
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")

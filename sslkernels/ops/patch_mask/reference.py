@@ -30,7 +30,7 @@ def token_keys(seed, sample_ids, samples: int, tokens: int):
 
 def score_keys(scores):
     """Integers in the order of float32 scores: zeros of both signs are equal, and so are all NaN, the largest."""
-    bits = scores.view(torch.int32).long()
+    bits = scores.resolve_neg().view(torch.int32).long()
     magnitude = bits & 0x7FFFFFFF
     return torch.where(magnitude > 0x7F800000, WORD, torch.where(bits < 0, -magnitude, magnitude))
 
@@ -93,7 +93,7 @@ def restore_tokens_fwd(x, ids_restore, mask_token, pos_embed, num_prefix: int):
         out = out.masked_fill(wrong[..., None], torch.nan)
     prefix = x[:, :num_prefix]
     if pos_embed is not None:
-        out = out + pos_embed[-tokens:] if tokens else out
+        out = out + pos_embed[pos_embed.shape[0] - tokens :]
         prefix = prefix + pos_embed[:num_prefix] if pos_embed.shape[0] == num_prefix + tokens else prefix
     return torch.cat([prefix, out], dim=1)
 
@@ -101,10 +101,9 @@ def restore_tokens_fwd(x, ids_restore, mask_token, pos_embed, num_prefix: int):
 def restore_tokens_bwd(
     grad, ids_restore, num_keep: int, num_prefix: int, pos_tokens: int, need_x: bool, need_mask_token: bool
 ):
-    nothing = grad.new_empty(0)
     places, _ = _checked_places(ids_restore, num_keep)
     rows = grad[:, num_prefix:]
-    grad_x = grad_mask_token = grad_pos = nothing
+    grad_x, grad_mask_token, grad_pos = (grad.new_empty(0) for _ in range(3))  # an operator's results share no memory
     if need_x:
         kept = _scattered(rows, places, num_keep)
         grad_x = torch.cat([grad[:, :num_prefix], kept], dim=1)

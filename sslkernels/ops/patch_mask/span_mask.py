@@ -86,6 +86,7 @@ def span_mask(
     numerator, denominator = arguments.ratio(NAME, "mask_prob", mask_prob)
     share = (2 * numerator * 2**32 + denominator) // (2 * denominator)  # to nearest
     least = arguments.count(NAME, "min_spans", min_spans, grids.MAX_TOKENS)
+    arguments.flag(NAME, "overlap", overlap)
     where = randomness.device_of(NAME, device, lengths, num_spans, sample_ids, seed)
     spans = num_spans
     if lengths is None:
@@ -99,4 +100,4 @@ def span_mask(
     ids = randomness.samples(NAME, sample_ids, samples, where)
     seed = randomness.seed_tensor(NAME, seed, generator, where)
     ops = mask_makers_op.family(backend)
-    return ops.span_mask_fwd(seed, ids, lengths, spans, tokens, span, share, least, bool(overlap))
+    return ops.span_mask_fwd(seed, ids, lengths, spans, tokens, span, share, least, overlap)
