@@ -37,17 +37,10 @@ def check_matrix(op: str, argument: str, x, like: str = "(N, D)", dims: int = 2)
     check_strided(op, argument, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{op}: {argument} must be float32, bfloat16, float16 or float64, got {x.dtype}")
-    check_strided(op, argument, x)
     if x.dim() != dims:
         raise ValueError(f"{op}: {argument} must be {like}, got {tuple(x.shape)}")
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: {argument} must have at least one column, got {tuple(x.shape)}")
-
-
-def check_strided(op: str, argument: str, x: torch.Tensor) -> None:
-    """No sparse tensor."""
-    if x.layout != torch.strided:
-        raise TypeError(f"{op}: {argument} must be a strided tensor, got {x.layout}")
 
 
 def check_like(op: str, argument: str, x: torch.Tensor, other: str, y: torch.Tensor, dtype: bool = False) -> None:

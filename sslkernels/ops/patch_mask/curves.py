@@ -6,7 +6,7 @@ import functools
 import math
 
 from sslkernels.ops.patch_mask.cases import _embed_case, _gather_case, _mask_case, _masking_case, _restore_case
-from sslkernels.ops.patch_mask.mask_maker_cases import _block, _multi, _span, dinov2_counts, wav2vec_lengths
+from sslkernels.ops.patch_mask.mask_maker_cases import _block, _multi, _span, _tube, dinov2_counts, wav2vec_lengths
 from sslkernels.registry import curve
 
 NS = (4, 16, 64, 256)
@@ -76,5 +76,13 @@ CURVES = {
     "span_mask": (
         curve("N", "L = 1500", (8, 32, 128), lambda name, samples: _spans(name, samples, 1500)),
         curve("L", "N = 32", (375, 1500, 6000), lambda name, tokens: _spans(name, 32, tokens)),
+    ),
+    "tube_mask": (
+        curve(
+            "N",
+            "8 x 14 x 14, L = 1568",
+            (8, 32, 128),
+            lambda name, samples: _tube(name, samples, (8, 14, 14), mask_ratio=0.9),
+        ),
     ),
 }
