@@ -84,7 +84,7 @@ CPP = (
         "load(sums) + (c[r][0] + c[r][1])", "mutant::bf16(load(sums) + (c[r][0] + c[r][1]))",
     ),
     Mutation(
-        "cpp", "clip_loss", NORM, "of the exps that rows lend to the columns", "csrc/cpu/online_tiles.h",
+        "cpp", "nt_xent", NORM, "of the exps that rows lend to the columns", "csrc/cpu/online_tiles.h",
         "c[r][v] * scratch.row_weights[row + r]", "c[r][v]",
     ),
     Mutation(
