@@ -68,6 +68,10 @@ CPP = (
         "mutant::bf16(load(at) + c[r][v])", quick=True,
     ),
     Mutation(
+        "cpp", "nt_xent", NORM, "of the exps that rows lend to the columns", "csrc/cpu/online_tiles.h",
+        "c[r][v] * scratch.row_weights[row + r]", "c[r][v]",
+    ),
+    Mutation(
         "cpp", "info_nce", SIGN, "of the rows' softmax in the gradient", "csrc/cpu/logit_tiles.h",
         "(weight + a.weight[i0 + row + r])", "(weight - a.weight[i0 + row + r])",
     ),
@@ -82,10 +86,6 @@ CPP = (
     Mutation(
         "cpp", "info_nce", BF16, "the sums of the exponentials", "csrc/cpu/logit_tiles.h",
         "load(sums) + (c[r][0] + c[r][1])", "mutant::bf16(load(sums) + (c[r][0] + c[r][1]))",
-    ),
-    Mutation(
-        "cpp", "nt_xent", NORM, "of the exps that rows lend to the columns", "csrc/cpu/online_tiles.h",
-        "c[r][v] * scratch.row_weights[row + r]", "c[r][v]",
     ),
     Mutation(
         "cpp", "ema_update_", SIGN, "away from the student", "csrc/cpu/ema_kernel.h",
