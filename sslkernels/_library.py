@@ -119,6 +119,13 @@ def check_backend(op: str, backend: str | None, device: str) -> None:
         )
 
 
+def check_flags(op: str, **flags: object) -> None:
+    """Bools: a string would count as True."""
+    for argument, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {argument} must be a bool, got {type(value).__name__}")
+
+
 def check_strided(op: str, argument: str, x: torch.Tensor) -> None:
     """Kernels and definitions read memory by strides."""
     if x.layout != torch.strided or x.is_nested:

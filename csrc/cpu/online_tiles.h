@@ -51,7 +51,7 @@ struct OnlineTile : LogitTile<kBf16> {
     const bool shared = logits.columns && share_exps(top);
     add_kept(attract, shared);
     for (int64_t r = 0; r < height; r++) a.sums[i0 + r] += sum(load(scratch.row_sums + r * kLanes));
-    for (int64_t at = 0; logits.columns && at < width; at += kLanes) shared ? add_shared(at, top) : add_columns(at);
+    for (int64_t at = 0; logits.columns && at < width; at += kLanes) add_columns(at, shared, top);
     if (attract) Tile::accumulate_rows();
   }
 
@@ -156,17 +156,16 @@ struct OnlineTile : LogitTile<kBf16> {
       }
   }
 
-  SSLK_INLINE void add_shared(int64_t at, float offset) const {
-    const Vec before = load(b.maxima + j0 + at), top = max(before, column_peak(at));
-    store(b.sums + j0 + at,
-          load(b.sums + j0 + at) * exp2(before - top) + load(scratch.column_sums + at) * exp2(offset - top));
-    store(b.maxima + j0 + at, top);
-  }
-  SSLK_INLINE void add_columns(int64_t at) const {
-    const int64_t end = diagonal ? min(height, (at / kPanel + 1) * kPanel) : height;
+  // Into the sums of the columns: what the rows' exps gave them, offset by the largest maximum, or exps of their own.
+  SSLK_INLINE void add_columns(int64_t at, bool shared, float offset) const {
     const Vec before = load(b.maxima + j0 + at), top = max(before, column_peak(at));
     Vec total{};
-    for (int64_t r = 0; r < end; r++) total += exp2(logit(load(scratch.s + r * kTileStride + at), top));
+    if (shared) {
+      total = load(scratch.column_sums + at) * exp2(offset - top);
+    } else {
+      const int64_t end = diagonal ? min(height, (at / kPanel + 1) * kPanel) : height;
+      for (int64_t r = 0; r < end; r++) total += exp2(logit(load(scratch.s + r * kTileStride + at), top));
+    }
     store(b.sums + j0 + at, load(b.sums + j0 + at) * exp2(before - top) + total);
     store(b.maxima + j0 + at, top);
   }

@@ -57,9 +57,10 @@ class PatchMask(nn.Module):
             raise ValueError(f"{NAME}: prob must be in [0, 1), got {prob}")
         if seed is not None:
             randomness.check_seed(NAME, seed)
+        arguments.check_flags(NAME, ordered=ordered)
         self.prob = prob
         self.num_prefix_tokens = arguments.count(NAME, "num_prefix_tokens", num_prefix_tokens)
-        self.ordered = arguments.flag(NAME, "ordered", ordered)
+        self.ordered = ordered
         self.return_indices = return_indices
         self.seed = seed
         self.sample_ids = None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import torch
 
-from sslkernels._library import check_backend, check_strided  # noqa: F401  the former for the losses
+from sslkernels._library import check_backend, check_flags, check_strided  # noqa: F401  for the losses too
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -82,13 +82,6 @@ def check_integers(op: str, argument: str, x, rows: int, device: torch.device) -
     if x.device != device:
         raise ValueError(f"{op}: {argument} must be on the device of the embeddings, {device}, got {x.device}")
     return x.to(torch.int64)
-
-
-def check_flags(op: str, **flags) -> None:
-    """Bools: a string would count as True."""
-    for argument, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{op}: {argument} must be a bool, got {type(value).__name__}")
 
 
 def check_reduction(op: str, reduction: str) -> None:

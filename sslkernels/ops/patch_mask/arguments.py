@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import torch
 
-from sslkernels._library import check_backend, check_strided  # noqa: F401  the former for the public functions
+from sslkernels._library import check_backend, check_flags, check_strided  # noqa: F401  for the public functions too
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -44,12 +44,6 @@ def count(op: str, argument: str, value, most=None) -> int:
     if most is None and isinstance(value, int) and value >= 2**63:
         raise ValueError(f"{op}: {argument} must be less than 2**63, got {value}")
     return value  # type: ignore[return-value]  # a SymInt acts as an int
-
-
-def flag(op: str, argument: str, value) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: {argument} must be a bool, got {type(value).__name__}")
-    return value
 
 
 def prefix(op: str, value, x: torch.Tensor) -> int:

@@ -95,7 +95,7 @@ def random_masking(
     name = "random_masking"
     arguments.check_tokens(name, "x", x)
     prefix = arguments.prefix(name, num_prefix_tokens, x)
-    arguments.flag(name, "ordered", ordered)
+    arguments.check_flags(name, ordered=ordered)
     arguments.check_backend(name, backend, x.device.type)
     samples, tokens = x.shape[0], x.shape[1] - prefix
     ops = op.family(backend)
@@ -154,7 +154,7 @@ def patch_mask(
     samples = arguments.count(name, "batch_size", batch_size)
     tokens = arguments.count(name, "num_patches", num_patches)
     kept = arguments.num_kept(name, tokens, mask_ratio, num_keep)
-    arguments.flag(name, "ordered", ordered)
+    arguments.check_flags(name, ordered=ordered)
     where = randomness.device_of(name, device, scores, sample_ids, seed)
     arguments.check_backend(name, backend, where.type)
     keys = _keys(name, seed, sample_ids, generator, scores, samples, tokens, where)

@@ -195,7 +195,7 @@ def multi_block_mask(
     height, width = grids.grid(NAME, grid_size)
     targets = arguments.count(NAME, "num_targets", num_targets, grids.MAX_TOKENS)
     least = arguments.count(NAME, "min_context", min_context, grids.MAX_TOKENS)
-    arguments.flag(NAME, "allow_overlap", allow_overlap)
+    arguments.check_flags(NAME, allow_overlap=allow_overlap)
     where = randomness.device_of(NAME, device, sample_ids, seed)
     if target_size is None or context_size is None:
         seed, generator = _host_seed(seed, generator), None

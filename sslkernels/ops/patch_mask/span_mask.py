@@ -86,7 +86,7 @@ def span_mask(
     numerator, denominator = arguments.ratio(NAME, "mask_prob", mask_prob)
     share = (2 * numerator * 2**32 + denominator) // (2 * denominator)  # to nearest
     least = arguments.count(NAME, "min_spans", min_spans, grids.MAX_TOKENS)
-    arguments.flag(NAME, "overlap", overlap)
+    arguments.check_flags(NAME, overlap=overlap)
     where = randomness.device_of(NAME, device, lengths, num_spans, sample_ids, seed)
     spans = num_spans
     if lengths is None:

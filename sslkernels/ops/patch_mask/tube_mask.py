@@ -66,7 +66,7 @@ def tube_mask(
     height, width = grids.rectangle(NAME, "the frame of grid_size", grid_size[1:])
     places = height * width
     kept = arguments.num_kept(NAME, places, mask_ratio, num_keep)
-    arguments.flag(NAME, "ordered", ordered)
+    arguments.check_flags(NAME, ordered=ordered)
     where = randomness.device_of(NAME, device, sample_ids, seed)
     arguments.check_backend(NAME, backend, where.type)
     ids = randomness.samples(NAME, sample_ids, samples, where)
