@@ -189,7 +189,8 @@ class BuildExtension(build_ext):
     def build_extension(self, extension: Extension) -> None:
         cxx, torch = find_cxx(), torch_directory()
         isas, macros = isa_sources(cxx, self.warn)
-        includes = [torch / "include", pybind11.get_include(), sysconfig.get_path("include")]
+        # pybind11's own before torch's copy of it, which in some releases refuses to be included under TORCH_TARGET
+        includes = [pybind11.get_include(), torch / "include", sysconfig.get_path("include")]
         headers = [word for path in includes for word in ("-isystem", path)]
         common = [*macros, TORCH_TARGET, f"-I{CSRC}", *headers]
         user = shlex.split(os.environ.get("CXXFLAGS", ""))

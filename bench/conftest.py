@@ -8,7 +8,7 @@ from importlib import metadata
 import measure
 import pytest
 import torch
-from memory import peak_memory
+from memory import allocated_memory, peak_memory
 from rates import rates, roofline
 from runs import Run, chosen
 from settings import Settings
@@ -78,9 +78,9 @@ def hold(request, settings, benchmark):
     """Races what entrants make, and writes times and memory; the caller adds what they mean."""
 
     def hold(run: Run, entrants: dict[str, Callable], measured: dict[str, Callable]) -> tuple[dict, dict]:
-        calls = {label: make() for label, make in entrants.items() if settings.admits(run, label)}
-        replays = {label: graphed(call) for label, call in calls.items()} if settings.graphs else {}
-        calls |= {label: replay for label, replay in replays.items() if replay is not None}
+        made = {label: make() for label, make in entrants.items() if settings.admits(run, label)}
+        replays = {label: graphed(call) for label, call in made.items()} if settings.graphs else {}
+        calls = made | {label: replay for label, replay in replays.items() if replay is not None}
         started = Race(calls, measured, settings.device, **settings.pace(run))
         benchmark.group = run.case.name
         # pytest-benchmark times ours once more in every round, after a sample of each contender
@@ -91,7 +91,10 @@ def hold(request, settings, benchmark):
             if settings.graphs:
                 entry["graph"] = replays[label] is not None
             if run.whole and settings.weighs(label, entry):
-                entry["extra_mib"] = peak_memory(request.module.__name__, str(run), label, settings.device)
+                if settings.device == "cuda":
+                    entry["extra_mib"] = allocated_memory(made[label])
+                else:
+                    entry["extra_mib"] = peak_memory(request.module.__name__, str(run), label)
         benchmark.extra_info.update(
             op=run.op, case=run.case.name, direction=run.direction, whole=run.whole, device=settings.device,
             contenders=times, rates=started.rate_medians(),

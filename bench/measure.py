@@ -76,11 +76,7 @@ def assert_correct(spec: OpSpec, racers: list[Contender], case: Case, device: st
     """Ours obeys the numerics rule in its dtype, and every peer computes the same function."""
     for dtype in {racer.dtype for racer in racers}:
         arguments = case.make(device, DTYPES[dtype])
-        exact_arguments = {
-            k: v.cpu().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-            for k, v in arguments.items()
-        }
-        exact = numerics.evaluate(spec.reference, exact_arguments, spec.grad_args)
+        exact = numerics.evaluate(spec.reference, numerics.on_cpu_in_double(arguments), spec.grad_args)
         eager = numerics.evaluate(spec.reference, arguments, spec.grad_args)
         expected = numerics.Expected(eager, exact, exact, dict.fromkeys(spec.grad_args, 0.0))
         for racer in racers:

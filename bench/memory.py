@@ -1,4 +1,4 @@
-"""Memory that a call adds at its peak, in a process of its own."""
+"""Memory that a call adds at its peak: on a GPU by the allocator, on a CPU in a process of its own."""
 
 from __future__ import annotations
 
@@ -15,17 +15,24 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 IMPORTED = ["torch", "sslkernels.nn", "sslkernels.numerics"]
 
 
-def peak_memory(module: str, run: str, label: str, device: str) -> float | None:
-    """MiB that one call of a contender adds, what it returns included; None if unknown.
+def allocated_memory(call: Callable[[], object]) -> float:
+    """MiB that torch's allocator of the GPU holds at most during a call beyond what it held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
-    On the CPU the process is a copy of one that has imported torch and computed nothing, which takes milliseconds to
-    make. CUDA does not survive that, so there each process starts from nothing.
+
+def peak_memory(module: str, run: str, label: str) -> float | None:
+    """MiB that one call of a contender adds on the CPU, what it returns included; None if unknown.
+
+    The process is a copy of one that has imported torch and computed nothing, which takes milliseconds to make.
     """
-    context = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
-    if device == "cpu":
-        context.set_forkserver_preload(IMPORTED)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_measure, args=(sender, module, run, label, device, torch.get_num_threads()))
+    child = context.Process(target=_measure, args=(sender, module, run, label, torch.get_num_threads()))
     with _environment(MALLOC):
         child.start()
     sender.close()
@@ -50,27 +57,19 @@ def _environment(names: dict[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _measure(sender, module: str, run_id: str, label: str, device: str, threads: int) -> None:
+def _measure(sender, module: str, run_id: str, label: str, threads: int) -> None:
     torch.set_num_threads(threads)
     bench = importlib.import_module(module)
     run = next(run for run in bench.RUNS if str(run) == run_id)
     # the libraries' own start-up is not the op's memory; a compiled function must see the shape itself beforehand
     same = [r for r in bench.RUNS if (r.op, r.direction, bool(r.curve)) == (run.op, run.direction, bool(run.curve))]
     small = run if label.startswith("compile") else min(same, key=lambda other: other.size)
-    made = bench.entrants(run, device)[label]()
-    (made if small is run else bench.entrants(small, device)[label]())()
-    sender.send(_extra_cuda(made) if device == "cuda" else _extra_cpu(made))
+    made = bench.entrants(run, "cpu")[label]()
+    (made if small is run else bench.entrants(small, "cpu")[label]())()
+    sender.send(_extra(made))
 
 
-def _extra_cuda(call: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def _extra_cpu(call: Callable[[], object]) -> float | None:
+def _extra(call: Callable[[], object]) -> float | None:
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")  # resets VmHWM to what is resident now

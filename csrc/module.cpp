@@ -10,6 +10,9 @@
 
 #include "cpu/ema_direct.h"
 #include "cpu/isa.h"
+#ifdef SSLKERNELS_HAVE_CUDA
+#include "cuda/current_stream.h"
+#endif
 
 namespace py = pybind11;
 using namespace sslkernels;
@@ -57,6 +60,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(isa().name); }, "The instruction set in use.");
   m.def("built_isas", [] { return names(false); });
   m.def("supported_isas", [] { return names(true); }, "Those built that this processor has.");
+#ifdef SSLKERNELS_HAVE_CUDA
+  m.def("finds_cuda_stream", [] { return current_stream_lookup() != nullptr; }, "Whether torch can launch on a GPU.");
+#endif
   m.def("threads", [] { return torch::stable::get_num_threads(); });
   m.def(
       "fma_peak",

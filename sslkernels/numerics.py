@@ -191,11 +191,11 @@ class Expected(NamedTuple):
 
 
 def expect(spec: OpSpec, arguments: dict) -> Expected:
-    doubles = _map_floating(arguments, lambda _, tensor: tensor.cpu().double())
+    doubles = on_cpu_in_double(arguments)
     return Expected(
         evaluate(spec.reference, arguments, spec.grad_args),
         evaluate(spec.reference, doubles, spec.grad_args),
-        evaluate(spec.reference, _map_floating(doubles, _nudge), spec.grad_args),
+        evaluate(spec.reference, _map_tensors(doubles, _nudge), spec.grad_args),
         {name: doubles[name].abs().sum().item() for name in spec.grad_args if isinstance(doubles[name], torch.Tensor)},
     )
 
@@ -212,16 +212,27 @@ def compare_call(label: str, actual: Evaluation, expected: Expected, dtype: torc
     return comparisons
 
 
-def _map_floating(arguments: dict, change) -> dict:
+def on_cpu_in_double(arguments: dict) -> dict:
+    """The same call where and as exactly as its definition is computed, wherever and in whatever dtype it was made."""
+
+    def moved(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu().double() if tensor.is_floating_point() else tensor.cpu()
+
+    return _map_tensors(arguments, moved) | ({"device": "cpu"} if "device" in arguments else {})
+
+
+def _map_tensors(arguments: dict, change) -> dict:
     def mapped(name: str, value):
-        if isinstance(value, list):
-            return [mapped(f"{name}[{index}]", item) for index, item in enumerate(value)]
-        return change(name, value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        if isinstance(value, (list, tuple)):
+            return type(value)(mapped(f"{name}[{index}]", item) for index, item in enumerate(value))
+        return change(name, value) if isinstance(value, torch.Tensor) else value
 
     return {name: mapped(name, value) for name, value in arguments.items()}
 
 
 def _nudge(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=tensor.dtype) * 2 - 1
     return tensor * (1 + NUDGE * signs)

@@ -305,6 +305,11 @@ def test_the_compiled_operators_stand_beside_tritons():
         assert "cuda" not in backend.absent
 
 
+def test_the_launcher_finds_torchs_streams():
+    require_or_skip(shutil.which("nvcc") and _library.extension, "nvcc is not installed, or the extension is not built")
+    assert _library.extension.finds_cuda_stream() == (torch.version.cuda is not None)
+
+
 def test_who_owns_the_key(monkeypatch):
     built = {"contrast_cuda_fwd"}
     monkeypatch.setattr(_library, "_on_cuda", {})

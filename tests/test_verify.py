@@ -11,8 +11,8 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from sslkernels import Backend, cli, registry, verify
-from sslkernels.verify import checks, progress
+from sslkernels import Backend, cli, numerics, registry, verify
+from sslkernels.verify import checks, progress, properties
 
 SPECS = {spec.name: spec for spec in registry.ops()}
 NT_XENT, PATCH_MASK = SPECS["nt_xent"], SPECS["patch_mask"]
@@ -177,6 +177,31 @@ def test_a_crash_of_the_definition_or_of_the_inputs_is_told(run):
     assert status == 1
     assert f"{CASES[0].name}: inputs: RuntimeError: no room for the inputs" in text
     assert f"{CASES[1].name}: definition: RuntimeError: no kernel for this shape" in text
+
+
+def test_every_case_lies_on_the_device_that_it_is_made_for():
+    elsewhere = []
+    for spec in registry.ops():
+        for case in spec.cases:
+            found = torch.utils._pytree.tree_leaves(case.make("meta", spec.dtypes[0]))
+            devices = {leaf.device.type for leaf in found if isinstance(leaf, torch.Tensor)}
+            elsewhere += [f"{spec.name}, {case.name}"] * bool(devices - {"meta"})
+    assert elsewhere == []
+
+
+def test_a_call_is_moved_to_where_its_definition_is_exact():
+    x, ids = torch.ones(2, dtype=torch.bfloat16), torch.arange(3)
+    moved = numerics.on_cpu_in_double({"x": x, "pairs": (ids, None), "device": torch.device("cuda"), "ratio": 0.5})
+    assert moved["x"].dtype == torch.float64 and moved["pairs"][0].dtype == torch.int64 and moved["pairs"][1] is None
+    assert (moved["device"], moved["ratio"]) == ("cpu", 0.5)
+
+
+def test_runs_are_compared_in_the_deterministic_mode():
+    assert not torch.are_deterministic_algorithms_enabled()
+    with properties.deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_an_interrupted_run_reports_what_it_has(run):

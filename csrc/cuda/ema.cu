@@ -1,6 +1,4 @@
 // sslkernels::ema_update_ for CUDA tensors.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -8,23 +6,16 @@
 #include <mutex>
 #include <optional>
 
-#include "checks.h"
 #include "cuda/ema.cuh"
+#include "cuda/torch_host.h"
 #include "ema_args.h"
-
-// weak: the same library loads where torch has no CUDA
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace sslkernels {
 namespace {
 
-void check(cudaError_t status, const char* what) {
-  STD_TORCH_CHECK(status == cudaSuccess, "ema_update_: ", what, ": ", cudaGetErrorString(status));
-}
-
-bool is_capturing(cudaStream_t stream) {
+bool is_capturing(const OnDevice& device) {
   cudaStreamCaptureStatus status;
-  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  device.check(cudaStreamIsCapturing(device.stream, &status), "cudaStreamIsCapturing");
   return status != cudaStreamCaptureStatusNone;
 }
 
@@ -32,9 +23,9 @@ bool is_capturing(cudaStream_t stream) {
 // good, since the graph may be replayed at any time.
 class Tables {
  public:
-  const ema::Entry* on_device(int device, const std::vector<ema::Entry>& host, cudaStream_t stream) {
+  const ema::Entry* on_device(int device, const std::vector<ema::Entry>& host, const OnDevice& current) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const bool capturing = is_capturing(stream);
+    const bool capturing = is_capturing(current);
     for (auto table = tables_.begin(); table != tables_.end(); ++table)
       if (table->device == device && same(table->host, host)) {
         table->captured |= capturing;
@@ -44,10 +35,10 @@ class Tables {
     STD_TORCH_CHECK(!capturing, "ema_update_: call it once with these tensors before capturing a CUDA graph");
     Table table{device, host, nullptr, false};
     const size_t bytes = host.size() * sizeof(ema::Entry);
-    check(cudaMalloc(reinterpret_cast<void**>(&table.memory), bytes), "cudaMalloc");
-    check(cudaMemcpy(table.memory, host.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+    current.check(cudaMalloc(reinterpret_cast<void**>(&table.memory), bytes), "cudaMalloc");
+    current.check(cudaMemcpy(table.memory, host.data(), bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
     tables_.push_front(std::move(table));
-    evict();
+    evict(current);
     return tables_.front().memory;
   }
 
@@ -63,11 +54,11 @@ class Tables {
   static bool same(const std::vector<ema::Entry>& a, const std::vector<ema::Entry>& b) {
     return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(ema::Entry)) == 0;
   }
-  void evict() {
+  void evict(const OnDevice& current) {
     size_t loose = 0;
     for (auto table = tables_.begin(); table != tables_.end();) {
       const bool old = !table->captured && ++loose > kKept;
-      if (old) check(cudaFree(table->memory), "cudaFree");  // waits for the kernels that read it
+      if (old) current.check(cudaFree(table->memory), "cudaFree");  // waits for the kernels that read it
       table = old ? tables_.erase(table) : std::next(table);
     }
   }
@@ -85,18 +76,15 @@ void ema_update_cuda(std::vector<Tensor> teacher, std::vector<Tensor> student, c
   STD_TORCH_CHECK(!tables.empty() || arguments.list.tensors.empty(), "ema_update_: at most ", ema::kMaxDims,
                   " dimensions that do not merge");
   const int device = teacher[0].get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* current = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &current));
-  const auto stream = static_cast<cudaStream_t>(current);
+  const OnDevice current("ema_update_", teacher[0]);
   const ema::Options options{static_cast<const double*>(momentum.const_data_ptr()),
                              found_inf ? static_cast<const float*>(found_inf->const_data_ptr()) : nullptr,
                              seed ? static_cast<const int64_t*>(step->const_data_ptr()) : nullptr,
                              static_cast<uint64_t>(seed.value_or(0))};
   static Tables* const kept = new Tables;  // never destroyed: CUDA may be gone by then
   for (const ema::Table& table : tables) {
-    ema::launch(table, kept->on_device(device, table.entries, stream), options, stream);
-    check(cudaGetLastError(), "launch");
+    ema::launch(table, kept->on_device(device, table.entries, current), options, current.stream);
+    current.check();
   }
 }
 

@@ -1,16 +1,12 @@
 // sslkernels::block_mask_fwd, multi_block_mask_fwd and span_mask_fwd for CUDA tensors.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
 #include <tuple>
 
 #include "cuda/mask_makers.cuh"
+#include "cuda/torch_host.h"
 #include "mask_maker_args.h"
-
-// weak: the same library loads where torch has no CUDA
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace sslkernels {
 namespace masks {
@@ -20,19 +16,15 @@ namespace {
 class Call {
  public:
   Call(const char* op, const Tensor& seed, const MaybeTensor& sample_ids, int64_t count, int64_t tokens,
-       uint32_t stream)
-      : op_(op),
-        guard_(seed.get_device_index()),
+       uint32_t philox_stream)
+      : device_(op, seed),
         ids_(op, "sample_ids", sample_ids, count, seed),
         scratch_(torch::stable::new_empty(seed, {count, Scratch::size(tokens)})) {
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op,
                     ": seed must be one integer in int64");
     check_range(op, "the number of samples", count, 0, INT32_MAX);  // each is a block
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(seed.get_device_index(), &current));
-    this->stream = static_cast<cudaStream_t>(current);
-    samples = {count,     tokens, static_cast<const int64_t*>(seed.const_data_ptr()),
-               ids_.data, stream, static_cast<uint64_t*>(scratch_.mutable_data_ptr())};
+    samples = {count,     tokens,        static_cast<const int64_t*>(seed.const_data_ptr()),
+               ids_.data, philox_stream, static_cast<uint64_t*>(scratch_.mutable_data_ptr())};
   }
 
   // `launch`, unless there is nothing to do.
@@ -40,16 +32,14 @@ class Call {
   void run(const Launch& launch) const {
     if (!samples.count) return;
     launch();
-    const cudaError_t status = cudaGetLastError();
-    STD_TORCH_CHECK(status == cudaSuccess, op_, ": ", cudaGetErrorString(status));
+    device_.check();
   }
+  cudaStream_t stream() const { return device_.stream; }
 
   Samples samples;
-  cudaStream_t stream;
 
  private:
-  const char* op_;
-  torch::stable::accelerator::DeviceGuard guard_;
+  const OnDevice device_;
   Integers ids_;
   Tensor scratch_;
 };
@@ -64,7 +54,7 @@ Tensor block_mask_fwd_cuda(const Tensor& seed, const MaybeTensor& sample_ids, co
   const Integers wanted(kOp, "num_masked", num_masked, count, seed);
   Tensor mask = torch::stable::new_empty(seed, {count, height, width}, ScalarType::Bool);
   bool* const out = static_cast<bool*>(mask.mutable_data_ptr());
-  call.run([&] { launch_block_mask(call.samples, job, wanted.data, out, call.stream); });
+  call.run([&] { launch_block_mask(call.samples, job, wanted.data, out, call.stream()); });
   return mask;
 }
 
@@ -76,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> multi_block_mask_fwd_cuda(
                                             num_targets, min_context, allow_overlap);
   const Call call("multi_block_mask", seed, sample_ids, count, height * width, kPhiloxMultiBlockMask);
   const MultiBlockTensors out(seed, count, job);
-  call.run([&] { launch_multi_block_mask(call.samples, job, out.first(), call.stream); });
+  call.run([&] { launch_multi_block_mask(call.samples, job, out.first(), call.stream()); });
   return {out.context_ids, out.context_counts, out.target_ids, out.context_mask, out.target_mask};
 }
 
@@ -90,7 +80,7 @@ Tensor span_mask_fwd_cuda(const Tensor& seed, const MaybeTensor& sample_ids, con
   const Integers valid(kOp, "lengths", lengths, count, seed), asked(kOp, "num_spans", num_spans, count, seed);
   Tensor mask = torch::stable::new_empty(seed, {count, tokens}, ScalarType::Bool);
   bool* const out = static_cast<bool*>(mask.mutable_data_ptr());
-  call.run([&] { launch_span_mask(call.samples, job, valid.data, asked.data, out, call.stream); });
+  call.run([&] { launch_span_mask(call.samples, job, valid.data, asked.data, out, call.stream()); });
   return mask;
 }
 

@@ -1,38 +1,15 @@
 // sslkernels::patch_loss_fwd and patch_loss_bwd for CUDA tensors.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 #include <vector>
 
 #include "cuda/patch_loss.cuh"
+#include "cuda/torch_host.h"
 #include "patch_loss_args.h"
-
-// weak: the same library loads where torch has no CUDA
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace sslkernels {
 namespace {
-
-// The device of a tensor, made current for as long as this lives, and its stream.
-class OnDevice {
- public:
-  explicit OnDevice(const Tensor& x) : guard_(x.get_device_index()) {
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
-  }
-  void check() const {
-    const cudaError_t status = cudaGetLastError();
-    STD_TORCH_CHECK(status == cudaSuccess, "patch_loss: launch: ", cudaGetErrorString(status));
-  }
-
-  cudaStream_t stream;
-
- private:
-  const torch::stable::accelerator::DeviceGuard guard_;
-};
 
 void check_together(const Tensor& a, const Tensor& b, const Tensor& c) {
   const bool cuda = a.is_cuda() && b.is_cuda() && c.is_cuda();
@@ -44,7 +21,7 @@ std::tuple<Tensor, Tensor> patch_loss_fwd_cuda(const Tensor& pred, const Tensor&
                                                std::vector<int64_t> patch_size, bool norm_pix, double eps,
                                                bool need_grad) {
   check_together(pred, images, mask);
-  const OnDevice device(pred);
+  const OnDevice device("patch_loss", pred);
   const PatchLossArguments arguments(pred, images, mask, patch_size, norm_pix, eps, need_grad);
   const PatchLossJob& job = arguments.job;
   STD_TORCH_CHECK(job.samples * job.tokens() <= patch_loss::kMaxPatches, "patch_loss_fwd: at most 2^31 - 1 patches");
@@ -56,7 +33,7 @@ std::tuple<Tensor, Tensor> patch_loss_fwd_cuda(const Tensor& pred, const Tensor&
 
 Tensor patch_loss_bwd_cuda(const Tensor& grad_loss, const Tensor& grad_pred, const Tensor& mask, ScalarType dtype) {
   check_together(grad_loss, grad_pred, mask);
-  const OnDevice device(grad_pred);
+  const OnDevice device("patch_loss", grad_pred);
   const PatchGradArguments arguments(grad_loss, grad_pred, mask, dtype);
   STD_TORCH_CHECK(arguments.job.rows <= patch_loss::kMaxPatches, "patch_loss_bwd: at most 2^31 - 1 patches");
   patch_loss::backward(arguments.job, grad_loss.const_data_ptr(), arguments.is_double, device.stream);

@@ -1,37 +1,31 @@
 // torch as the host of an op's steps: its caching allocator and its current stream, so that the steps may be captured
 // in a CUDA graph.
 #pragma once
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
 #include "checks.h"
+#include "cuda/current_stream.h"
 #include "cuda/platform.h"
-
-// weak: the same library loads where torch has no CUDA
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace sslkernels {
 
-class TorchHost {
+// The device of a tensor, made current for as long as this lives, and its stream; errors are in the name of `op`.
+class OnDevice {
  public:
-  // Memory and launches are on the device of `like`, in the name of `op`.
-  TorchHost(const char* op, const Tensor& like) : op_(op), guard_(like.get_device_index()), like_(like) {
+  OnDevice(const char* op, const Tensor& like) : op_(op), guard_(like.get_device_index()) {
+    const CurrentStreamLookup lookup = current_stream_lookup();
+    STD_TORCH_CHECK(lookup, op, ": this torch was built without CUDA");
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(lookup(like.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
 
-  void* allocate(int64_t bytes) {
-    memory_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
-    return memory_.back().mutable_data_ptr();
-  }
-
-  void check() const {
-    const cudaError_t status = cudaGetLastError();
-    STD_TORCH_CHECK(status == cudaSuccess, op_, ": launch: ", cudaGetErrorString(status));
+  void check() const { check(cudaGetLastError(), "launch"); }
+  void check(cudaError_t status, const char* what) const {
+    STD_TORCH_CHECK(status == cudaSuccess, op_, ": ", what, ": ", cudaGetErrorString(status));
   }
 
   cudaStream_t stream;
@@ -39,6 +33,18 @@ class TorchHost {
  private:
   const char* const op_;
   const torch::stable::accelerator::DeviceGuard guard_;
+};
+
+class TorchHost : public OnDevice {
+ public:
+  TorchHost(const char* op, const Tensor& like) : OnDevice(op, like), like_(like) {}
+
+  void* allocate(int64_t bytes) {
+    memory_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+    return memory_.back().mutable_data_ptr();
+  }
+
+ private:
   const Tensor like_;
   std::vector<Tensor> memory_;
 };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -42,6 +44,19 @@ def operators_hold(spec: OpSpec, called: dict[str, tuple]) -> None:
         if name != spec.torch_ops[0]:  # backward operators cannot be differentiated again
             args = [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
         torch.library.opcheck(func, tuple(args), kwargs)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """torch's deterministic mode, in which it fills new memory with NaN too; what it warns of is not ours."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def compiled_agrees(spec: OpSpec, arguments: dict) -> None:

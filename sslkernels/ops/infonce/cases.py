@@ -39,11 +39,14 @@ def _case(
     noise=0.5,
     **options,
 ) -> Case:
+    """Options that are functions are called with the device."""
+
     def make(device, dtype):
         z0, z1 = _embeddings(pairs, dim, device, dtype, noise=noise)
         if transform is not None:
             z0, z1 = transform(z0, z1)
-        return {"z0": z0, "z1": z1, "temperature": temperature, **options}
+        given = {key: value(device) if callable(value) else value for key, value in options.items()}
+        return {"z0": z0, "z1": z1, "temperature": temperature, **given}
 
     return Case(name, make, nt_xent_cost(2 * pairs, dim), frozenset(tags))
 
@@ -248,7 +251,14 @@ DECOUPLED_CASES = (
     _case("odd", 101, 123, 0.5, ("verify", "edge")),
     _case("tau_0.01", 100, 64, 0.01, ("verify", "edge"), noise=2.0),
     _case("rows", 70, 64, 0.5, ("verify", "edge"), reduction="none"),
-    _case("weighted", 70, 64, 0.1, ("verify", "edge"), positive_weight=torch.linspace(0.1, 2, 70)),
+    _case(
+        "weighted",
+        70,
+        64,
+        0.1,
+        ("verify", "edge"),
+        positive_weight=lambda device: torch.linspace(0.1, 2, 70).to(device),
+    ),
     _case("one_pair", 1, 64, 0.5, ("verify", "edge")),
     _case("no_pair", 0, 64, 0.5, ("edge",)),
 )
