@@ -6,7 +6,7 @@
 namespace sslkernels::dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
-constexpr int32_t kCpu = 1;
+constexpr int32_t kCpu = 1, kCuda = 2;
 enum TypeCode : uint8_t { kFloat = 2, kBfloat = 4 };
 
 struct DataType {

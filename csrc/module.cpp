@@ -8,11 +8,11 @@
 #include <string>
 #include <vector>
 
-#include "cpu/ema_direct.h"
 #include "cpu/isa.h"
 #ifdef SSLKERNELS_HAVE_CUDA
 #include "cuda/current_stream.h"
 #endif
+#include "ema_direct.h"
 
 namespace py = pybind11;
 using namespace sslkernels;

@@ -12,6 +12,7 @@ from cuda_on_cpu import SCHEDULES
 from triton_on_cpu import interpret
 
 from sslkernels import _library, ema_update_
+from sslkernels.ops.ema import _plain_lists
 from sslkernels.ops.ema.cases import OPS, updated
 
 SPEC = OPS[0]
@@ -143,3 +144,11 @@ def test_no_call_site_outlives_its_table():
         for size in range(8, 8 * (kernels.TABLES_KEPT + 4), 8):
             ema_update_([torch.zeros(size)], [torch.ones(size)], 0.5)
     assert len(kernels._tables) == kernels.TABLES_KEPT
+
+
+def test_the_way_past_the_dispatcher_declines_what_is_not_on_the_gpu():
+    require_or_skip(shutil.which("nvcc") and _library.extension, "nvcc is not installed, or the extension is not built")
+    direct, (teacher,), momentum = _plain_lists(), tensors(torch.float32, 0, ((5,),)), torch.tensor(0.5).double()
+    before = teacher.clone()
+    assert direct.update_on_gpu(0, [teacher], [teacher + 1], momentum, None, None, None, None) is False
+    assert torch.equal(teacher, before)

@@ -189,6 +189,15 @@ def test_every_case_lies_on_the_device_that_it_is_made_for():
     assert elsewhere == []
 
 
+@pytest.mark.parametrize("spec", registry.ops(), ids=lambda spec: spec.name)
+def test_the_registry_knows_every_operator_that_an_op_calls(spec):
+    called = set()
+    for case in spec.tagged("verify"):
+        called |= set(properties.operators(spec, case.make("cpu", spec.dtypes[0])))
+    assert called >= set(spec.torch_ops + spec.plain_ops)
+    assert called <= {name for op in registry.ops() for name in op.torch_ops + op.plain_ops}
+
+
 def test_a_call_is_moved_to_where_its_definition_is_exact():
     x, ids = torch.ones(2, dtype=torch.bfloat16), torch.arange(3)
     moved = numerics.on_cpu_in_double({"x": x, "pairs": (ids, None), "device": torch.device("cuda"), "ratio": 0.5})

@@ -72,23 +72,27 @@ void ema_update_cuda(std::vector<Tensor> teacher, std::vector<Tensor> student, c
                      std::optional<Tensor> step, std::vector<int64_t> keys) {
   if (teacher.empty()) return;
   const EmaArguments arguments(teacher, student, momentum, found_inf, bf16_copy, seed, step, keys);
-  const std::vector<ema::Table> tables = ema::tables_of(arguments.list.tensors);
-  STD_TORCH_CHECK(!tables.empty() || arguments.list.tensors.empty(), "ema_update_: at most ", ema::kMaxDims,
-                  " dimensions that do not merge");
-  const int device = teacher[0].get_device_index();
-  const OnDevice current("ema_update_", teacher[0]);
   const ema::Options options{static_cast<const double*>(momentum.const_data_ptr()),
                              found_inf ? static_cast<const float*>(found_inf->const_data_ptr()) : nullptr,
                              seed ? static_cast<const int64_t*>(step->const_data_ptr()) : nullptr,
                              static_cast<uint64_t>(seed.value_or(0))};
-  static Tables* const kept = new Tables;  // never destroyed: CUDA may be gone by then
-  for (const ema::Table& table : tables) {
-    ema::launch(table, kept->on_device(device, table.entries, current), options, current.stream);
-    current.check();
-  }
+  ema::update_on_gpu(arguments.list.tensors, options, teacher[0].get_device_index());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sslkernels, CUDA, m) { m.impl("ema_update_", TORCH_BOX(&ema_update_cuda)); }
 
 }  // namespace
+
+void ema::update_on_gpu(const std::vector<EmaTensor>& tensors, const Options& options, int32_t device) {
+  const std::vector<Table> tables = tables_of(tensors);
+  STD_TORCH_CHECK(!tables.empty() || tensors.empty(), "ema_update_: at most ", kMaxDims,
+                  " dimensions that do not merge");
+  const OnDevice current("ema_update_", device);
+  static Tables* const kept = new Tables;  // never destroyed: CUDA may be gone by then
+  for (const Table& table : tables) {
+    launch(table, kept->on_device(device, table.entries, current), options, current.stream);
+    current.check();
+  }
+}
+
 }  // namespace sslkernels

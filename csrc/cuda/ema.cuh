@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "cuda/ema.h"
 #include "cuda/platform.h"
 #include "cuda/storage.cuh"
-#include "ema_list.h"
 
 namespace sslkernels {
 namespace ema {
@@ -70,14 +70,6 @@ inline std::vector<Table> tables_of(const std::vector<EmaTensor>& tensors) {
   }
   return tables;
 }
-
-// What all tensors have in common. The pointers are to device memory: nothing of it is read on the host.
-struct Options {
-  const double* momentum;
-  const float* found_inf;  // or null
-  const int64_t* step;     // null: round to nearest
-  uint64_t seed;
-};
 
 // ---- the arithmetic
 

@@ -17,7 +17,7 @@ class Call {
  public:
   Call(const char* op, const Tensor& seed, const MaybeTensor& sample_ids, int64_t count, int64_t tokens,
        uint32_t philox_stream)
-      : device_(op, seed),
+      : device_(op, seed.get_device_index()),
         ids_(op, "sample_ids", sample_ids, count, seed),
         scratch_(torch::stable::new_empty(seed, {count, Scratch::size(tokens)})) {
     STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op,

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> patch_loss_fwd_cuda(const Tensor& pred, const Tensor&
                                                std::vector<int64_t> patch_size, bool norm_pix, double eps,
                                                bool need_grad) {
   check_together(pred, images, mask);
-  const OnDevice device("patch_loss", pred);
+  const OnDevice device("patch_loss", pred.get_device_index());
   const PatchLossArguments arguments(pred, images, mask, patch_size, norm_pix, eps, need_grad);
   const PatchLossJob& job = arguments.job;
   STD_TORCH_CHECK(job.samples * job.tokens() <= patch_loss::kMaxPatches, "patch_loss_fwd: at most 2^31 - 1 patches");
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> patch_loss_fwd_cuda(const Tensor& pred, const Tensor&
 
 Tensor patch_loss_bwd_cuda(const Tensor& grad_loss, const Tensor& grad_pred, const Tensor& mask, ScalarType dtype) {
   check_together(grad_loss, grad_pred, mask);
-  const OnDevice device("patch_loss", grad_pred);
+  const OnDevice device("patch_loss", grad_pred.get_device_index());
   const PatchGradArguments arguments(grad_loss, grad_pred, mask, dtype);
   STD_TORCH_CHECK(arguments.job.rows <= patch_loss::kMaxPatches, "patch_loss_bwd: at most 2^31 - 1 patches");
   patch_loss::backward(arguments.job, grad_loss.const_data_ptr(), arguments.is_double, device.stream);

@@ -12,14 +12,14 @@
 
 namespace sslkernels {
 
-// The device of a tensor, made current for as long as this lives, and its stream; errors are in the name of `op`.
+// A device, made current for as long as this lives, and its stream; errors are in the name of `op`.
 class OnDevice {
  public:
-  OnDevice(const char* op, const Tensor& like) : op_(op), guard_(like.get_device_index()) {
+  OnDevice(const char* op, int32_t device) : op_(op), guard_(device) {
     const CurrentStreamLookup lookup = current_stream_lookup();
     STD_TORCH_CHECK(lookup, op, ": this torch was built without CUDA");
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(lookup(like.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(lookup(device, &current));
     stream = static_cast<cudaStream_t>(current);
   }
 
@@ -37,7 +37,8 @@ class OnDevice {
 
 class TorchHost : public OnDevice {
  public:
-  TorchHost(const char* op, const Tensor& like) : OnDevice(op, like), like_(like) {}
+  // Memory and launches are on the device of `like`.
+  TorchHost(const char* op, const Tensor& like) : OnDevice(op, like.get_device_index()), like_(like) {}
 
   void* allocate(int64_t bytes) {
     memory_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));

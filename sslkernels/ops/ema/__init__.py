@@ -76,8 +76,8 @@ def ema_update_(
     lists.check_rounding(stochastic_rounding_seed, step)
     lists.check_found_inf(found_inf)
     seed = stochastic_rounding_seed
-    plain = found_inf is None and first_elements is None and backend is None
-    if plain and _direct(targets, sources, momentum, copies, seed, step):
+    plain = first_elements is None and backend is None
+    if plain and _direct(targets, sources, momentum, found_inf, copies, seed, step):
         return
     firsts = None if first_elements is None else list(first_elements)
     parts = lists.parts(targets, sources, copies, firsts)
@@ -93,48 +93,66 @@ def ema_update_(
 
 
 @functools.cache
-def _plain_cpu_lists():
+def _plain_lists():
     """The extension's way past the dispatcher, or None: a thousand tensors cost that more than the arithmetic does."""
     direct = _library.extension and _library.extension.EmaDirect(torch.Tensor, nn.Parameter)
     return direct if direct and direct.available else None
 
 
-def _direct(teacher, student, momentum, bf16_copy, seed, step) -> bool:
-    """Update plain CPU tensors past the dispatcher; False, with nothing written, where the arguments are not such.
+def _direct(teacher, student, momentum, found_inf, bf16_copy, seed, step) -> bool:
+    """Update plain tensors of one device past the dispatcher; False, with nothing written, for other arguments.
 
     It checks tensors as strictly as `lists.parts` but leaves the errors to it.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if isinstance(momentum, torch.Tensor) or isinstance(step, torch.Tensor):
+    if not teacher or type(teacher[0]) not in (torch.Tensor, nn.Parameter):
         return False
-    direct = _plain_cpu_lists()
+    direct, device = _plain_lists(), teacher[0].device
     if direct is None or torch._C._get_tracing_state() is not None:
         return False
-    unsigned = None if seed is None else seed & (2**64 - 1)
-    if not direct.update(teacher, student, momentum, bf16_copy, unsigned, step & WORD):
+    if device.type == "cuda" and hasattr(direct, "update_on_gpu"):
+        weight, found_inf, step = _numbers(device, momentum, found_inf, seed, step)
+        done = direct.update_on_gpu(device.index, teacher, student, weight, found_inf, bf16_copy, _unsigned(seed), step)
+    elif device.type == "cpu" and found_inf is None and not _any_tensor(momentum, step):
+        done = direct.update_on_cpu(teacher, student, momentum, bf16_copy, _unsigned(seed), step & WORD)
+    else:
         return False
-    torch.autograd.graph.increment_version([*(teacher if momentum != 1 else []), *(bf16_copy or [])])
-    return True
+    if done:
+        still = not _any_tensor(momentum) and momentum == 1
+        torch.autograd.graph.increment_version([*([] if still else teacher), *(bf16_copy or [])])
+    return done
+
+
+def _unsigned(seed: int | None) -> int | None:
+    return None if seed is None else seed & (2**64 - 1)
+
+
+def _any_tensor(*numbers) -> bool:
+    return any(isinstance(number, torch.Tensor) for number in numbers)
 
 
 def _options(device, part, momentum, found_inf, seed, step) -> tuple:
-    """The operator's other arguments, numbers as tensors on the device."""
+    """The operator's other arguments."""
+    weight, found_inf, step = _numbers(device, momentum, found_inf, seed, step)
+    if seed is not None and not torch.compiler.is_compiling() and seed >= 2**63:
+        seed -= 2**64  # the same 64 bits
+    return weight, found_inf, part.bf16_copy, seed, step, part.keys if seed is not None else []
+
+
+def _numbers(device, momentum, found_inf, seed, step) -> tuple:
+    """Momentum, found_inf and step as tensors on the device; no step where nothing is drawn."""
     if isinstance(momentum, torch.Tensor):
-        weight = momentum.detach().reshape(()).to(device, torch.float64)
+        momentum = momentum.detach().reshape(()).to(device, torch.float64)
     else:
-        weight = torch.full((), momentum, dtype=torch.float64, device=device)
+        momentum = torch.full((), momentum, dtype=torch.float64, device=device)
     if found_inf is not None:
         found_inf = found_inf.detach().reshape(()).to(device, torch.float32)
     if seed is None:
-        return weight, found_inf, part.bf16_copy, None, None, []
+        return momentum, found_inf, None
     if isinstance(step, torch.Tensor):
-        step = step.detach().reshape(()).to(device)
-    else:
-        step = torch.full((), step & WORD, dtype=torch.int64, device=device)
-    if not torch.compiler.is_compiling() and seed >= 2**63:
-        seed -= 2**64  # the same 64 bits
-    return weight, found_inf, part.bf16_copy, seed, step, part.keys
+        return momentum, found_inf, step.detach().reshape(()).to(device)
+    return momentum, found_inf, torch.full((), step & WORD, dtype=torch.int64, device=device)
 
 
 def _implementation(backend: str | None, device: str):
