@@ -34,16 +34,21 @@ def similarities(query, key, normalize_key):
 
 
 def _logsumexp(logits, dim):
-    return torch.logsumexp(logits, dim) if logits.shape[dim] else logits.new_full(logits.sum(dim).shape, -torch.inf)
+    """In fp64, of which no more is exact than the logits are: in their own dtype it would round as far as one of them."""
+    if not logits.shape[dim]:
+        return logits.new_full(logits.sum(dim).shape, -torch.inf, dtype=torch.float64)
+    peak = logits.detach().amax(dim)
+    peak = torch.where(peak.isinf(), 0, peak)  # of a row in which nothing takes part, say
+    return peak.double() + (logits - peak.unsqueeze(dim)).exp().sum(dim).log().double()
 
 
 @full_precision
 def contrast(query, key, scale, skip, query_ids, key_ids, normalize_key, columns, peaks):
-    """The outputs of ``sslkernels::contrast_fwd`` but for the attraction, differentiable; in the dtype of the query."""
+    """The outputs of ``sslkernels::contrast_fwd`` but for the attraction, differentiable."""
     logits = similarities(query, key, normalize_key)[0] * scale
     masked = logits.masked_fill(~kept(query, key, skip, query_ids, key_ids), -torch.inf)
     none = masked.new_empty(0)
-    lse_rows, lse_columns = _logsumexp(masked, 1), _logsumexp(masked, 0) if columns else none
+    lse_rows, lse_columns = _logsumexp(masked, 1), _logsumexp(masked, 0) if columns else none.double()
     if not peaks:
         return lse_rows, lse_columns, none, none, none
     floored = F.pad(masked.detach(), (0, 1, 0, 1), value=-torch.inf)
@@ -72,12 +77,14 @@ def contrast_fwd(
         products, used = similarities(query, key, normalize_key)
         attraction = _softmax(products * scale, lse_rows[:, None], kept(query, key, skip, query_ids, key_ids)) @ used
     fresh = (tensor.clone() for tensor in rest)
-    return lse_rows.double(), lse_columns.double(), *fresh, attraction
+    return lse_rows, lse_columns, *fresh, attraction
 
 
 def _softmax(logits, logsumexp, keep):
-    """exp(logits - logsumexp) where it takes part, else 0."""
-    return (logits - logsumexp.to(logits.dtype)).masked_fill(~keep, -torch.inf).exp()
+    """exp(logits - logsumexp) where it takes part, else 0; what rounding takes from the fp64 one is subtracted too."""
+    rounded = logsumexp.to(logits.dtype)
+    rest = torch.where(rounded.isfinite(), logsumexp - rounded, 0).to(logits.dtype)
+    return (logits - rounded - rest).masked_fill(~keep, -torch.inf).exp()
 
 
 @full_precision
