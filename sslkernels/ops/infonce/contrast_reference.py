@@ -34,7 +34,7 @@ def similarities(query, key, normalize_key):
 
 
 def _logsumexp(logits, dim):
-    """In fp64, of which no more is exact than the logits are: in their own dtype it would round as far as one of them."""
+    """In fp64: in the dtype of the logits it would be rounded as far as one of them is."""
     if not logits.shape[dim]:
         return logits.new_full(logits.sum(dim).shape, -torch.inf, dtype=torch.float64)
     peak = logits.detach().amax(dim)
