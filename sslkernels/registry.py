@@ -84,7 +84,7 @@ class OpSpec:
     cases: tuple[Case, ...]
     has_cuda: bool = False  # csrc/cuda has kernels for it
     is_mask: bool = False
-    plain_ops: tuple[str, ...] = ()  # operators that are the same PyTorch on every device
+    other_ops: tuple[str, ...] = ()  # operators that it may call besides, on a GPU perhaps alone
 
     def tagged(self, tag: str) -> list[Case]:
         return [case for case in self.cases if tag in case.tags]

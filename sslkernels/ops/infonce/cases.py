@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sslkernels.ops import infonce
-from sslkernels.ops.infonce import contrast_op, reference
+from sslkernels.ops.infonce import contrast_op, reference, unit_rows_op
 from sslkernels.registry import Case, Cost, OpSpec
 
 
@@ -280,8 +280,8 @@ TOWERS = ("image_features", "text_features", "logit_scale", "logit_bias")
 def _op(name, torch_ops, grad_args, cases, function=None) -> OpSpec:
     public, definition = (getattr(module, function or name) for module in (infonce, reference))
     has_cuda = torch_ops[0] in contrast_op.COMPILED
-    plain_ops = (contrast_op.ATTRACTED,) if torch_ops == CONTRAST[:1] else ()
-    return OpSpec(name, public, definition, torch_ops, grad_args, ALL_DTYPES, cases, has_cuda, plain_ops=plain_ops)
+    other_ops = (*unit_rows_op.SCHEMAS, contrast_op.ATTRACTED)
+    return OpSpec(name, public, definition, torch_ops, grad_args, ALL_DTYPES, cases, has_cuda, other_ops=other_ops)
 
 
 OPS = (

@@ -30,7 +30,7 @@ from sslkernels.ops.infonce.shared_triton import (
     _row_scales,
 )
 
-SEGMENT = tl.constexpr(128)  # elements of a row whose fp32 products are added one by one
+STEPS = tl.constexpr(2)  # tiles of a row's elements whose fp32 products are added one by one
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -74,16 +74,24 @@ def _load_tile(x_ptr, rows, d, stride_xn, WIDTH: tl.constexpr, MASKED: tl.conste
 
 @triton.jit
 def _products(
-    x_ptr, rows, stride_xn, y_ptr, columns, stride_yn, first, last, TILE: tl.constexpr,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    x_ptr, rows, stride_xn, y_ptr, columns, stride_yn, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) inner products of the elements from first to last, in fp32."""
+    """(ROWS, COLUMNS) inner products in fp32.
+
+    Those of fp32 are sums of sums: added one by one they would round more than those of a BLAS, and the logits by as
+    much more as the scale is large.
+    """
+    steps: tl.constexpr = STEPS if TILE.primitive_bitwidth == 32 else 1
     products = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(first, last, DEPTH):
-        d = start + tl.arange(0, DEPTH)
-        a = _load_tile(x_ptr, rows, d, stride_xn, WIDTH, WIDTH % DEPTH != 0, TILE)
-        b = _load_tile(y_ptr, columns, d, stride_yn, WIDTH, WIDTH % DEPTH != 0, TILE)
-        products = tl.dot(a, tl.trans(b), products, input_precision="ieee")
+    for start in range(0, WIDTH, steps * DEPTH):
+        part = tl.zeros((ROWS, COLUMNS), tl.float32) if steps > 1 else products
+        for step in tl.static_range(steps):
+            d = start + step * DEPTH + tl.arange(0, DEPTH)
+            a = _load_tile(x_ptr, rows, d, stride_xn, WIDTH, WIDTH % (steps * DEPTH) != 0, TILE)
+            b = _load_tile(y_ptr, columns, d, stride_yn, WIDTH, WIDTH % (steps * DEPTH) != 0, TILE)
+            part = tl.dot(a, tl.trans(b), part, input_precision="ieee")
+        products = products + part if steps > 1 else part
     return products
 
 
@@ -92,21 +100,8 @@ def _similarities(
     x_ptr, rows, stride_xn, row_factor, y_ptr, columns, stride_yn, column_factor, TILE: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """(ROWS, COLUMNS) inner products in fp32, times the factors.
-
-    fp32 products of wide rows are sums of sums: added one by one they would round more than those of a BLAS.
-    """
-    if TILE.primitive_bitwidth < 32 or WIDTH <= SEGMENT:
-        products = _products(
-            x_ptr, rows, stride_xn, y_ptr, columns, stride_yn, 0, WIDTH, TILE, WIDTH, ROWS, COLUMNS, DEPTH
-        )
-    else:
-        products = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for first in range(0, WIDTH, SEGMENT):
-            products += _products(
-                x_ptr, rows, stride_xn, y_ptr, columns, stride_yn, first, tl.minimum(first + SEGMENT, WIDTH),
-                TILE, WIDTH, ROWS, COLUMNS, DEPTH,
-            )  # fmt: skip
+    """(ROWS, COLUMNS) inner products in fp32, times the factors."""
+    products = _products(x_ptr, rows, stride_xn, y_ptr, columns, stride_yn, TILE, WIDTH, ROWS, COLUMNS, DEPTH)
     return products * (row_factor[:, None] * column_factor[None, :])
 
 
@@ -238,32 +233,6 @@ def _contrast_fwd_finish_kernel(
                 partial = tl.load(partial_ptr + (first + rows)[:, None] * D + d[None, :], mask=mask, other=0.0)
                 attraction += partial * share[:, None]
             tl.store(attraction_ptr + rows[:, None] * D + d[None, :], attraction * norm[:, None], mask=mask)
-
-
-@triton.jit(do_not_specialize=["N"])
-def _contrast_bwd_weights_kernel(
-    grad_ptr, lse_ptr, peak_ptr, scale_ptr, weights_ptr, N, stride_grad, BOUNDED: tl.constexpr, ROWS: tl.constexpr
-):
-    """weights (N, 2), weight and base: weight exp(|scale| (similarity - base)) is grad / peak times the softmax.
-
-    The weight is 0 where nothing takes part, and NaN where the log-sum-exp is.
-    """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = rows < N
-    size = tl.abs(tl.load(scale_ptr)).to(tl.float64)
-    lse = tl.load(lse_ptr + rows, mask=mask, other=-float("inf"))
-    some = lse != -float("inf")
-    lse = tl.where(some, lse, 0.0)
-    if BOUNDED:
-        base = tl.full((ROWS,), 1.0, tl.float32)
-    else:
-        base = tl.maximum(tl.minimum(lse / tl.maximum(size, MIN_NORMAL), 2.0**64), -(2.0**64)).to(tl.float32)
-    grad = tl.load(grad_ptr + rows * stride_grad, mask=mask, other=0.0) / tl.maximum(tl.load(peak_ptr), MIN_NORMAL)
-    exponent = (base.to(tl.float64) * size - lse) * LOG2_E
-    whole = tl.floor(exponent)  # apart, since fp32 would round a large exponent
-    power = tl.exp2((exponent - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
-    tl.store(weights_ptr + 2 * rows, tl.where(some, grad.to(tl.float32) * power, 0.0), mask=mask)
-    tl.store(weights_ptr + 2 * rows + 1, base, mask=mask)
 
 
 @triton.jit
