@@ -84,6 +84,7 @@ class OpSpec:
     cases: tuple[Case, ...]
     has_cuda: bool = False  # csrc/cuda has kernels for it
     is_mask: bool = False
+    gpu_ops: tuple[str, ...] = ()  # names of operators that it may call besides on a GPU
 
     def tagged(self, tag: str) -> list[Case]:
         return [case for case in self.cases if tag in case.tags]

@@ -165,7 +165,7 @@ TRITON = (
         "outside = tl.where(columns < M,", "outside = tl.where(columns < M - 1,", quick=True,
     ),
     Mutation(
-        "triton", "info_nce", NORM, "of the softmax in the gradient", f"{INFONCE}/contrast_triton.py",
+        "triton", "info_nce", NORM, "of the softmax in the gradient", f"{INFONCE}/contrast_weights_triton.py",
         "grad.to(tl.float32) * power", "grad.to(tl.float32)",
     ),
     Mutation(

@@ -36,6 +36,7 @@ from triton.runtime.interpreter import TensorHandle
 from triton.runtime.jit import JITFunction
 
 from sslkernels import registry
+from sslkernels.ops.infonce import unit_rows_op
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -82,7 +83,7 @@ def capture(target: str) -> Iterator[list[Launch]]:
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
         launches.append(Launch(kernel, _grid(grid, kwargs), kwargs, compiled))
 
-    with mock.patch.object(JITFunction, "run", compile_only), _active_driver(TARGETS[target]), _OnGPU():
+    with mock.patch.object(JITFunction, "run", compile_only), _active_driver(TARGETS[target]), _on_gpu(), _OnGPU():
         yield launches
     for launch in launches:
         launch.kernel.device_caches.clear()
@@ -102,6 +103,7 @@ def interpret(target: str = "sm_90", order_seed: int | None = None) -> Iterator[
         mock.patch.object(interpreter, "_get_np_dtype", _np_dtype),
         mock.patch.object(interpreter.ReduceOps, "generic_reduce", _generic_reduce),
         _active_driver(TARGETS[target]),
+        _on_gpu(),
         _OnGPU(machine.reachable),
     ):
         yield machine.launches
@@ -115,6 +117,11 @@ def _active_driver(target: GPUTarget) -> Iterator[None]:
         yield
     finally:
         driver.set_active(before)
+
+
+def _on_gpu():
+    """What the losses run on a GPU alone, they run here."""
+    return mock.patch.object(unit_rows_op, "_on_gpu", lambda x: True)
 
 
 def _grid(grid, meta: dict) -> tuple[int, int, int]:
@@ -176,7 +183,7 @@ def kernel_modules() -> list[types.ModuleType]:
 def launchers() -> dict:
     """The Triton implementation of every operator that has one."""
     modules = kernel_modules()
-    names = [name for spec in registry.ops() for name in spec.torch_ops]
+    names = [name for spec in registry.ops() for name in (*spec.torch_ops, *spec.gpu_ops)]
     found = {name: getattr(module, name) for module in modules for name in names if hasattr(module, name)}
     return {getattr(torch.ops.sslkernels, name).default: function for name, function in found.items()}
 

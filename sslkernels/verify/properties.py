@@ -37,7 +37,7 @@ def operators(spec: OpSpec, arguments: dict) -> dict[str, tuple]:
 
 def operators_hold(spec: OpSpec, called: dict[str, tuple]) -> None:
     """Every operator that was called is one of an op's of the registry, and passes `torch.library.opcheck`."""
-    unknown = set(called) - {name for op in registry.ops() for name in op.torch_ops}
+    unknown = set(called) - {name for op in registry.ops() for name in (*op.torch_ops, *op.gpu_ops)}
     if unknown:
         raise AssertionError(f"called {', '.join(sorted(unknown))}, which the registry does not know")
     for name, (func, args, kwargs) in called.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sslkernels.ops import infonce
-from sslkernels.ops.infonce import contrast_op, reference
+from sslkernels.ops.infonce import contrast_op, reference, unit_rows_op
 from sslkernels.registry import Case, Cost, OpSpec
 
 
@@ -280,7 +280,8 @@ TOWERS = ("image_features", "text_features", "logit_scale", "logit_bias")
 def _op(name, torch_ops, grad_args, cases, function=None) -> OpSpec:
     public, definition = (getattr(module, function or name) for module in (infonce, reference))
     has_cuda = torch_ops[0] in contrast_op.COMPILED
-    return OpSpec(name, public, definition, torch_ops, grad_args, ALL_DTYPES, cases, has_cuda)
+    gpu_ops = (*unit_rows_op.SCHEMAS, contrast_op.ATTRACTED)
+    return OpSpec(name, public, definition, torch_ops, grad_args, ALL_DTYPES, cases, has_cuda, gpu_ops=gpu_ops)
 
 
 OPS = (

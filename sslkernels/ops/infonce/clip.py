@@ -127,16 +127,22 @@ def clip_loss(
         name, group, exchange, image_features, text_features, {"logit_scale": factor.tensor}, normalize=normalize,
         label_smoothing=label_smoothing, ids=exclude_ids is not None, return_stats=return_stats,
     )  # fmt: skip
-    (images, texts), matmul = core.rows_of(image_features, text_features, normalize=normalize)
     scale = factor.tensor
+    if image_features.shape == text_features.shape:
+        given = (image_features, text_features, scale)
+        ((images, texts), matmul), positive = core.pairs_of(*given, normalize=normalize, backend=backend)
+        pairs = len(images)
+    else:
+        (images, texts), matmul = core.rows_of(image_features, text_features, normalize=normalize)
+        pairs = min(len(images), len(texts))
+        positive = core.positive_logits(images[:pairs], texts[:pairs], scale)
     found = distributed.contrast(
         images, texts, scale, peers, skip=core.pair_columns(len(images), images.device), query_ids=query_ids,
         key_ids=key_ids, unit=normalize, scale_value=factor.value, columns=True, peaks=return_stats, matmul=matmul,
         backend=backend,
     )  # fmt: skip
-    pairs = min(len(images), len(texts))
-    positive = core.positive_logits(images[:pairs], texts[:pairs], scale)
-    rows = (core.row_losses(found.rows[:pairs], positive) + core.row_losses(found.columns[:pairs], positive)) / 2
+    directions = torch.stack([found.rows[:pairs], found.columns[:pairs]])  # at once: a launch costs more than the rows
+    rows = core.row_losses(directions, positive).mean(dim=0)
     if label_smoothing:
         mean = _mean_products(images, texts, pairs, peers).double() * scale.double()
         rows = rows + label_smoothing * (positive - mean)

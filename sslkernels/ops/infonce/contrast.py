@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from sslkernels.ops.infonce import arguments, contrast_op, contrast_reference
+from sslkernels.ops.infonce import arguments, contrast_op, contrast_reference, unit_rows_op
 from sslkernels.ops.infonce.reference import NORMALIZE_EPS
 
 SOFTPLUS_THRESHOLD = 50  # where log(1 + exp(x)) is x in fp64 too
@@ -39,14 +39,28 @@ class Inputs(NamedTuple):
     matmul: int
 
 
-def rows_of(*tensors: torch.Tensor, normalize: bool) -> Inputs:
+def rows_of(*tensors: torch.Tensor, normalize: bool, backend: str | None = "reference") -> Inputs:
     """Embeddings of any dtype as `contrast` takes them."""
     dtype = _promoted(tensors)
+    if normalize and len(tensors) == 1 and unit_rows_op.serves(tensors[0], backend):
+        return Inputs(unit_rows_op.unit_rows_fwd(tensors[0], None)[:1], matmul_of(dtype))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     rows = tuple(tensor.to(compute) for tensor in tensors)
     if normalize:
         rows = tuple(F.normalize(x, dim=1, eps=NORMALIZE_EPS) for x in rows)
     return Inputs(rows, matmul_of(dtype))
+
+
+def pairs_of(
+    query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor, *, normalize: bool, backend: str | None
+) -> tuple[Inputs, torch.Tensor]:
+    """`rows_of` both, of one shape, and their `positive_logits`."""
+    if normalize and unit_rows_op.serves(query, backend):
+        *rows, similarity = unit_rows_op.unit_rows_fwd(query, key)
+        return Inputs(tuple(rows), matmul_of(_promoted((query, key)))), similarity.double() * scale
+    inputs = rows_of(query, key, normalize=normalize)
+    q, k = inputs.tensors
+    return inputs, positive_logits(q, k, scale)
 
 
 def _promoted(tensors) -> torch.dtype:
@@ -132,7 +146,7 @@ def sigmoid_contrast(
 
 def positive_logits(query: torch.Tensor, key: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """(N,) fp64 logits of the pairs (query_i, key_i)."""
-    return (query * key).sum(dim=1).double() * scale.double()
+    return (query * key).sum(dim=1).double() * scale
 
 
 def row_losses(negatives: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:

@@ -195,8 +195,11 @@ class _RingSigmoid(torch.autograd.Function):
 
 
 def class_sums(z: torch.Tensor, labels: torch.Tensor, peers: Peers | None):
-    """(N, D) fp64 sum of all rows with the label of each row, itself among them, and (N,) their number."""
-    return _sums_by_label(labels, labels, z.double()) if peers is None else apply(_ClassSums, z, labels, peers)
+    """(N, D) sum of all rows with the label of each row, itself among them, and (N,) their number.
+
+    Without peers z is in fp64, as the sum is always.
+    """
+    return _sums_by_label(labels, labels, z) if peers is None else apply(_ClassSums, z, labels, peers)
 
 
 class _ClassSums(torch.autograd.Function):
@@ -234,18 +237,17 @@ def _sums_among(rows, labels, peers: Peers):
 def _sums_by_label(labels, others, rows):
     """For each of ``labels``: the sum, and the number, of those ``rows`` that have the same label in ``others``.
 
-    Labels are sorted, so that equal ones form a run whose number is its place in a buffer: no shape depends on the
+    Labels are sorted, so that equal ones form a run whose start is its place in a buffer: no shape depends on the
     labels' values, and nothing waits for the device.
     """
-    every = labels if others is labels else torch.cat([labels, others])
-    order = every.argsort(stable=True)
-    ordered = every[order]
-    starts = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()])[: len(every)]
-    run = torch.empty_like(order).scatter_(0, order, starts.cumsum(0))
-    own, theirs = run[: len(labels)], run[len(every) - len(others) :]
-    totals = rows.new_zeros(len(every), rows.shape[1]).index_add(0, theirs, rows)
-    counts = torch.zeros_like(every).index_add(0, theirs, torch.ones_like(others))
-    return totals[own], counts[own]
+    ordered = others.sort().values
+    theirs = torch.searchsorted(ordered, others.contiguous())
+    own = theirs if others is labels else torch.searchsorted(ordered, labels.contiguous())
+    counts = torch.searchsorted(ordered, labels.contiguous(), right=True) - own
+    # one place more, for a label greater than all others; the place of any other that is not among them is taken
+    totals = rows.new_zeros(len(others) + 1, rows.shape[1]).index_add(0, theirs, rows)
+    sums = totals.index_select(0, own)  # whose gradient needs no sorting, unlike that of totals[own]
+    return (sums if others is labels else torch.where(counts[:, None] > 0, sums, 0.0)), counts
 
 
 def mean_row(rows: torch.Tensor, peers: Peers | None, count: int | None) -> torch.Tensor:

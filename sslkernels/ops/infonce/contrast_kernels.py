@@ -11,12 +11,12 @@ import triton.language as tl
 from sslkernels.ops.infonce import contrast_reference as reference
 from sslkernels.ops.infonce.contrast_triton import (
     _contrast_bwd_kernel,
-    _contrast_bwd_weights_kernel,
     _contrast_fwd_finish_kernel,
     _contrast_fwd_kernel,
     _contrast_pack_kernel,
     _sigmoid_contrast_fwd_kernel,
 )
+from sslkernels.ops.infonce.contrast_weights_triton import _contrast_bwd_weights_kernel
 from sslkernels.ops.infonce.kernels import CONFIGS, PAIRS, ROW_DEPTH, Config, Tiles, config_of
 
 # as for nt_xent, but for tiles that leave no registers for the vectors and masks there are besides. On gfx942 scalar
@@ -53,6 +53,7 @@ CONTRAST_CONFIGS = {
 TILE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TILE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 ALIGNMENT = 16  # elements to which packed rows are padded
+WEIGHTS = 512  # of which each program of the backward's first kernel makes
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,16 @@ class _Operand:
     """Rows as the tile kernels read them: z = data * factor."""
 
     data: torch.Tensor  # (N, D), or (N, width) padded with zeros
-    factor: torch.Tensor  # (N,)
-    factor_peak: torch.Tensor  # (), the largest
+    factor: torch.Tensor  # (N,), or more where they are ones
+    ones: bool = False
 
     @property
     def rows(self) -> int:
         return self.data.shape[0]
+
+    def factor_peak(self) -> torch.Tensor:
+        """A pointer to the largest factor."""
+        return self.factor if self.ones else self.factor.amax()
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class _Pairs:
     y: _Operand
     x_ids: torch.Tensor | None
     y_ids: torch.Tensor | None
-    skip: torch.Tensor | None  # (queries, S) int32
+    skip: torch.Tensor | None  # (queries, S) int32, S > 0
     dim: int
     dtype: torch.dtype  # of the tiles
     swapped: bool = False  # the queries are y
@@ -86,7 +91,7 @@ class _Pairs:
 
     def arguments(self) -> dict:
         """Of every tile kernel. Pointers that are not read stand where there is nothing to point to."""
-        has_ids, none = self.x_ids is not None, self.x.factor
+        has_ids, none = self.x_ids is not None, self.x.data
         return {
             "x_ptr": self.x.data,
             "x_factor_ptr": self.x.factor,
@@ -138,18 +143,19 @@ def _schedule(pairs: _Pairs, tiles: Tiles, programs: int, *, sliced: bool) -> _S
     return _Schedule((blocks, triton.cdiv(steps, steps_each), slices), arguments)
 
 
-def _operand(x: torch.Tensor, dtype: torch.dtype, normalize: bool = False) -> _Operand:
+def _operand(x: torch.Tensor, dtype: torch.dtype, normalize: bool, ones: torch.Tensor | None, length: int) -> _Operand:
     """``x`` where it lies if it has the tiles' dtype or widens to it, otherwise a copy in the tiles' dtype.
 
     So a queue is never copied, but for one that is rounded to 16 bits, which takes as many bytes as its rounded rows,
-    and for one in fp16: lengths of its rows may differ by more than an fp16 tile of weights can follow.
+    and for one in fp16: lengths of its rows may differ by more than an fp16 tile of weights can follow. ``ones``: of so
+    many that both sides may have them, where the other side has them.
     """
     rows, dim = x.shape
     exact = torch.promote_types(x.dtype, dtype) == dtype and not (normalize and dtype == torch.float16)
     in_place = exact and (x.stride(1) == 1 or dim == 1)
     if in_place and not normalize:
-        factor = torch.ones(rows, dtype=torch.float32, device=x.device)
-        return _Operand(x, factor, factor[0])
+        factor = torch.ones(length, dtype=torch.float32, device=x.device) if ones is None else ones
+        return _Operand(x, factor, ones=True)
     factor = x.new_empty(rows, dtype=torch.float32)
     width = dim if in_place else triton.cdiv(dim, ALIGNMENT) * ALIGNMENT
     data = x if in_place else x.new_empty((rows, width), dtype=dtype)
@@ -162,22 +168,31 @@ def _operand(x: torch.Tensor, dtype: torch.dtype, normalize: bool = False) -> _O
         PACK=not in_place, NORMALIZE=normalize, D=dim, WIDTH=width, ROWS=PAIRS,
         DEPTH=min(ROW_DEPTH, max(16, triton.next_power_of_2(dim))),
     )  # fmt: skip
-    return _Operand(data, factor, factor.amax())
+    return _Operand(data, factor)
 
 
-def _pairs(query, key, skip, query_ids, key_ids, matmul: int, normalize_key: bool = False) -> _Pairs:
+def _pairs(query, key, skip, query_ids, key_ids, matmul: int, normalize_key: bool = False, peaks=False) -> _Pairs:
     dtype = TILE_DTYPES[matmul]
-    x = _operand(query, dtype)
+    length = max(len(query), 0 if key is None else len(key))
+    x = y = _operand(query, dtype, False, None, length)
+    if key is not None or normalize_key:
+        y = _operand(query if key is None else key, dtype, normalize_key, x.factor if x.ones else None, length)
+    skip = None if skip is None or not skip.shape[1] else _skip(skip, y.rows, peaks)
     if key is None:
-        own = torch.arange(len(query), device=query.device)[:, None]
+        own = torch.arange(len(query), dtype=torch.int32, device=query.device)[:, None]
         skip = own if skip is None else torch.cat([skip, own], dim=1)
-        y = _operand(query, dtype, True) if normalize_key else x
-    else:
-        y = _operand(key, dtype, normalize_key)
-    if skip is not None:  # in 32 bits, -1 for every column that does not exist
-        skip = torch.where(skip < y.rows, skip, -1).clamp_min(-1).to(torch.int32) if skip.shape[1] else None
     x_ids, y_ids = (None, None) if query_ids is None else (query_ids.contiguous(), key_ids.contiguous())
     return _Pairs(x, y, x_ids, y_ids, skip, query.shape[1], dtype)
+
+
+def _skip(skip: torch.Tensor, columns: int, peaks: bool) -> torch.Tensor:
+    """In 32 bits. Of columns that do not exist no kernel asks more than that they are none of those that do.
+
+    With ``peaks``, where the logit of the first one is wanted, they are -1: a tile's padding has columns too.
+    """
+    if peaks:
+        return torch.where(skip < columns, skip, -1).clamp_min(-1).to(torch.int32)
+    return skip.clamp(-1, columns).to(torch.int32).contiguous()
 
 
 def _on_definition(query, key) -> bool:
@@ -202,47 +217,46 @@ def contrast_fwd(
         return reference.contrast_fwd(
             query, key, scale, skip, query_ids, key_ids, normalize_key, unit, bounded, columns, attract, peaks, matmul
         )
-    none = query.new_empty(0)
     with torch.cuda.device_of(query):
-        pairs = _pairs(query, key, skip, query_ids, key_ids, matmul, normalize_key)
+        pairs = _pairs(query, key, skip, query_ids, key_ids, matmul, normalize_key, peaks)
         online = peaks or not bounded
-        lse_rows, peak_rows, skipped, attraction = _softmax(pairs, scale, online, attract)
-        lse_columns, peak_columns = none.double(), none
+        lse_rows, peak_rows, skipped, attraction = _softmax(pairs, scale, online, attract, peaks)
         if columns:
-            lse_columns, peak_columns, _, _ = _softmax(pairs.swap(), scale, online, False)
-    if not peaks:
-        peak_rows, peak_columns, skipped = none, none.clone(), none.clone()
-    elif skip is None or not skip.shape[1]:
-        skipped = torch.full_like(skipped, -torch.inf)
+            lse_columns, peak_columns, _, _ = _softmax(pairs.swap(), scale, online, False, peaks)
+        else:
+            lse_columns, peak_columns = query.new_empty(0, dtype=torch.float64), query.new_empty(0)
+    if peaks and (skip is None or not skip.shape[1]):  # a row's own column is not one that was named
+        skipped.fill_(-torch.inf)
     return lse_rows, lse_columns, peak_rows, peak_columns, skipped, attraction
 
 
-def _softmax(pairs: _Pairs, scale, online: bool, attract: bool):
+def _softmax(pairs: _Pairs, scale, online: bool, attract: bool, peaks: bool):
     """Of the rows of x: log-sum-exp in fp64, largest logit, logit of the first skipped column, and attraction."""
     config = _config(pairs)
     tiles = _gradient_tiles(config, pairs.dim) if attract else config.rows
     schedule = _schedule(pairs, tiles, config.programs, sliced=attract)
     rows = pairs.x.rows
     stats = scale.new_empty((schedule.splits, 3, rows))
-    partial = scale.new_empty((schedule.splits, rows, pairs.dim) if attract else (0, 0, 0))
+    lse = scale.new_empty(rows, dtype=torch.float64)
+    peak_logit, skipped_logit = scale.new_empty(rows), scale.new_empty(rows)
+    attraction = scale.new_empty((rows, pairs.dim) if attract else (0, 0))
+    partial, factor_peak = stats, stats  # not read
+    if attract:
+        partial, factor_peak = scale.new_empty((schedule.splits, rows, pairs.dim)), pairs.y.factor_peak()
     _contrast_fwd_kernel[schedule.grid](
-        **pairs.arguments(), factor_peak_ptr=pairs.y.factor_peak, scale_ptr=scale, stats_ptr=stats,
+        **pairs.arguments(), factor_peak_ptr=factor_peak, scale_ptr=scale, stats_ptr=stats,
         attraction_ptr=partial, BOUNDED=not online, ATTRACT=attract, SWAPPED=pairs.swapped,
         D=pairs.dim, **{"GRAD_WIDTH": 1} | schedule.arguments,
     )  # fmt: skip
-    lse = scale.new_empty(rows, dtype=torch.float64)
-    peak_logit, skipped_logit = scale.new_empty((2, rows))
-    attraction = scale.new_empty((rows, pairs.dim) if attract else (0, 0))
-
-    def finish_grid(meta):
-        return (triton.cdiv(meta["N"], meta["ROWS"]),)
-
-    _contrast_fwd_finish_kernel[finish_grid](
-        stats_ptr=stats, partial_ptr=partial, factor_peak_ptr=pairs.y.factor_peak, scale_ptr=scale, lse_ptr=lse,
+    _contrast_fwd_finish_kernel[(triton.cdiv(rows, PAIRS),)](
+        stats_ptr=stats, partial_ptr=partial, factor_peak_ptr=factor_peak, scale_ptr=scale, lse_ptr=lse,
         peak_logit_ptr=peak_logit, skipped_logit_ptr=skipped_logit, attraction_ptr=attraction, N=rows,
-        splits=schedule.splits, ATTRACT=attract, D=pairs.dim, ROWS=PAIRS, DEPTH=ROW_DEPTH,
+        splits=schedule.splits, ATTRACT=attract, D=pairs.dim,
+        ROWS=PAIRS, DEPTH=ROW_DEPTH,
     )  # fmt: skip
-    return lse, peak_logit.clone(), skipped_logit.clone(), attraction
+    if not peaks:
+        peak_logit, skipped_logit = scale.new_empty(0), scale.new_empty(0)
+    return lse, peak_logit, skipped_logit, attraction
 
 
 def contrast_bwd(
@@ -256,60 +270,67 @@ def contrast_bwd(
         )  # fmt: skip
     with torch.cuda.device_of(query):
         pairs = _pairs(query, key, skip, query_ids, key_ids, matmul)
-        peak = torch.linalg.vector_norm(grad_rows, torch.inf)
-        if grad_columns is not None:
-            peak = torch.maximum(peak, torch.linalg.vector_norm(grad_columns, torch.inf))
-        row = _weights(grad_rows, lse_rows, peak, scale, bounded)
-        if grad_columns is None:
-            column = _no_weights(pairs.y)
-        else:
-            column = _weights(grad_columns, lse_columns, peak, scale, bounded)
+        # a pair takes part in both orders or in none: one pass forms what both rows owe it
+        one_pass = key is None and skip is None and query_ids is None and grad_columns is None
+        weights = _weights(pairs, grad_rows, lse_rows, grad_columns, lse_columns, scale, bounded, one_pass)
         softmax = {"bias": scale, "sigmoid": False, "bounded": bounded}
-        if key is None and skip is None and query_ids is None and grad_columns is None:
-            # a pair takes part in both orders or in none: one pass forms what both rows owe it
-            grad, along, _ = _gradient(pairs, row, row, peak, scale, **softmax)
-            return grad, query.new_empty(0, 0), (along / 2).to(scale.dtype)
-        grad_query, along, _ = _gradient(pairs, row, column, peak, scale, **softmax)
-        grad_key, _, _ = _gradient(pairs.swap(), column, row, peak, scale, **softmax)
+        grad_query, along, _ = _gradient(pairs, weights, scale, **softmax)
+        if one_pass:
+            return grad_query, query.new_empty(0, 0), along / 2
+        grad_key, _, _ = _gradient(pairs.swap(), weights.swap(), scale, **softmax)
         if key is None:
             grad_query, grad_key = grad_query + grad_key, query.new_empty(0, 0)
-    return grad_query, grad_key, along.to(scale.dtype)
+    return grad_query, grad_key, along
 
 
-def _no_weights(operand: _Operand) -> torch.Tensor:
-    return operand.factor.new_zeros((operand.rows, 2))
+@dataclass(frozen=True)
+class _Weights:
+    """What the softmax along each side is worth, weight * exp(|scale| (similarity - base)) in units of peak."""
+
+    row: torch.Tensor  # (rows of x, 2): weight and base
+    column: torch.Tensor  # (rows of y, 2)
+    peak: torch.Tensor  # ()
+
+    def swap(self) -> _Weights:
+        return _Weights(self.column, self.row, self.peak)
 
 
-def _weights(grad, lse, peak, scale, bounded: bool) -> torch.Tensor:
-    """(N, 2): what the softmax along one side is worth, weight * exp(|scale| (similarity - base)) in units of peak."""
-    weights = scale.new_empty((len(lse), 2))
-
-    def grid(meta):
-        return (triton.cdiv(meta["N"], meta["ROWS"]),)
-
+def _weights(pairs: _Pairs, grad_rows, lse_rows, grad_columns, lse_columns, scale, bounded: bool,
+             one_pass: bool = False) -> _Weights:  # fmt: skip
+    """``lse_rows`` None: those of the sigmoid loss. ``one_pass``: what rows owe stands for both sides."""
+    rows, columns = pairs.x.rows, pairs.y.rows
+    row, peak = scale.new_empty((rows, 2)), scale.new_empty((), dtype=torch.float64)
+    column = row if one_pass else scale.new_empty((columns, 2))
+    sigmoid, has_columns = lse_rows is None, grad_columns is not None
+    grid = (triton.cdiv(rows if one_pass else max(rows, columns), WEIGHTS), 1 if one_pass else 2)
     _contrast_bwd_weights_kernel[grid](
-        grad_ptr=grad, lse_ptr=lse.contiguous(), peak_ptr=peak, scale_ptr=scale, weights_ptr=weights,
-        N=len(lse), stride_grad=grad.stride(0), BOUNDED=bounded, ROWS=128,
+        grad_rows_ptr=grad_rows, lse_rows_ptr=grad_rows if sigmoid else lse_rows.contiguous(),
+        grad_columns_ptr=grad_columns if has_columns else grad_rows,
+        lse_columns_ptr=lse_columns.contiguous() if has_columns else grad_rows, scale_ptr=scale, row_weights_ptr=row,
+        column_weights_ptr=column, peak_ptr=peak, N=rows, M=columns, stride_rows=grad_rows.stride(0),
+        stride_columns=grad_columns.stride(0) if has_columns else 1, HAS_COLUMNS=has_columns, SIGMOID=sigmoid,
+        BOUNDED=bounded, ROWS=WEIGHTS,
     )  # fmt: skip
-    return weights
+    return _Weights(row, column, peak)
 
 
-def _gradient(pairs: _Pairs, row, column, peak, scale, *, bias, sigmoid: bool, bounded: bool):
-    """Of the rows of x in fp32; and unless the roles are swapped, of scale and bias, in fp64."""
+def _gradient(pairs: _Pairs, weights: _Weights, scale, *, bias, sigmoid: bool, bounded: bool):
+    """Of the rows of x; and unless the roles are swapped, of scale and bias."""
     config = _config(pairs)
     tiles = _gradient_tiles(config, pairs.dim)
     schedule = _schedule(pairs, tiles, config.programs, sliced=True)
     partial = scale.new_empty((schedule.splits, pairs.x.rows, pairs.dim))
-    sums = scale.new_empty((2, schedule.splits, pairs.x.rows))
+    sums = scale.new_empty((1 + sigmoid, schedule.splits, pairs.x.rows))
     _contrast_bwd_kernel[schedule.grid](
-        **pairs.arguments(), row_weights_ptr=row, column_weights_ptr=column, factor_peak_ptr=pairs.y.factor_peak,
-        weight_peak_ptr=peak, scale_ptr=scale, bias_ptr=bias, grad_ptr=partial, sums_ptr=sums, SIGMOID=sigmoid,
-        BOUNDED=bounded, SWAPPED=pairs.swapped, D=pairs.dim, **schedule.arguments,
+        **pairs.arguments(), row_weights_ptr=weights.row, column_weights_ptr=weights.column,
+        factor_peak_ptr=pairs.y.factor_peak(), weight_peak_ptr=weights.peak, scale_ptr=scale, bias_ptr=bias,
+        grad_ptr=partial, sums_ptr=sums, SIGMOID=sigmoid, BOUNDED=bounded, SWAPPED=pairs.swapped, D=pairs.dim,
+        **schedule.arguments,
     )  # fmt: skip
     grad = partial[0] if schedule.splits == 1 else partial.sum(dim=0)
     if pairs.swapped:
         return grad, None, None
-    return grad, sums[0].sum(dtype=torch.float64), sums[1].sum(dtype=torch.float64) if sigmoid else None
+    return grad, sums[0].sum(), sums[1].sum() if sigmoid else None
 
 
 def sigmoid_contrast_fwd(query, key, scale, bias, positive, query_ids, key_ids, matmul):
@@ -333,10 +354,8 @@ def sigmoid_contrast_bwd(grad_rows, query, key, scale, bias, positive, query_ids
         return reference.sigmoid_contrast_bwd(grad_rows, query, key, scale, bias, positive, query_ids, key_ids, matmul)
     with torch.cuda.device_of(query):
         pairs = _pairs(query, key, positive, query_ids, key_ids, matmul)
-        peak = torch.linalg.vector_norm(grad_rows, torch.inf)
-        weight = (grad_rows / peak.clamp_min(torch.finfo(torch.float32).tiny)).float()
-        row, column = torch.stack([weight, weight], dim=1), _no_weights(pairs.y)
+        weights = _weights(pairs, grad_rows, None, None, None, scale, False)
         sigmoid = {"bias": bias, "sigmoid": True, "bounded": False}
-        grad_query, along, total = _gradient(pairs, row, column, peak, scale, **sigmoid)
-        grad_key, _, _ = _gradient(pairs.swap(), column, row, peak, scale, **sigmoid)
-    return grad_query, grad_key, along.to(scale.dtype), total.to(bias.dtype)
+        grad_query, along, total = _gradient(pairs, weights, scale, **sigmoid)
+        grad_key, _, _ = _gradient(pairs.swap(), weights.swap(), scale, **sigmoid)
+    return grad_query, grad_key, along, total

@@ -108,6 +108,7 @@ def _save_contrast(ctx, inputs, output):
     query, key, scale, skip, query_ids, key_ids, _, ctx.unit, ctx.bounded, *flags = inputs
     ctx.columns, ctx.attract, _, ctx.matmul = flags
     lse_rows, lse_columns, *_, attraction = output
+    ctx.set_materialize_grads(False)  # zeros for every output that has no gradient cost a launch each
     if ctx.attract:
         ctx.save_for_backward(query, scale, attraction)
     else:
@@ -115,12 +116,15 @@ def _save_contrast(ctx, inputs, output):
 
 
 def _contrast_backward(backward, ctx, grad_rows, grad_columns, *_):
+    if grad_rows is None:
+        query = ctx.saved_tensors[0]
+        grad_rows = query.new_zeros(query.shape[0], dtype=torch.float64)
     if ctx.attract:  # the forward has formed it: no logit is needed again
         grad_query, grad_scale = torch.ops.sslkernels.contrast_attracted_bwd(grad_rows, *ctx.saved_tensors)
         grads = grad_query, None, grad_scale
     else:
         query, key, scale, skip, query_ids, key_ids, lse_rows, lse_columns = ctx.saved_tensors
-        if not ctx.columns:
+        if not ctx.columns or grad_columns is None:
             grad_columns = lse_columns = None
         grad_query, grad_key, grad_scale = backward(
             grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, skip, query_ids, key_ids,

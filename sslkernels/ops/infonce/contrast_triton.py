@@ -240,32 +240,6 @@ def _contrast_fwd_finish_kernel(
             tl.store(attraction_ptr + rows[:, None] * D + d[None, :], attraction * norm[:, None], mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
-def _contrast_bwd_weights_kernel(
-    grad_ptr, lse_ptr, peak_ptr, scale_ptr, weights_ptr, N, stride_grad, BOUNDED: tl.constexpr, ROWS: tl.constexpr
-):
-    """weights (N, 2), weight and base: weight exp(|scale| (similarity - base)) is grad / peak times the softmax.
-
-    The weight is 0 where nothing takes part, and NaN where the log-sum-exp is.
-    """
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = rows < N
-    size = tl.abs(tl.load(scale_ptr)).to(tl.float64)
-    lse = tl.load(lse_ptr + rows, mask=mask, other=-float("inf"))
-    some = lse != -float("inf")
-    lse = tl.where(some, lse, 0.0)
-    if BOUNDED:
-        base = tl.full((ROWS,), 1.0, tl.float32)
-    else:
-        base = tl.maximum(tl.minimum(lse / tl.maximum(size, MIN_NORMAL), 2.0**64), -(2.0**64)).to(tl.float32)
-    grad = tl.load(grad_ptr + rows * stride_grad, mask=mask, other=0.0) / tl.maximum(tl.load(peak_ptr), MIN_NORMAL)
-    exponent = (base.to(tl.float64) * size - lse) * LOG2_E
-    whole = tl.floor(exponent)  # apart, since fp32 would round a large exponent
-    power = tl.exp2((exponent - whole).to(tl.float32)) * tl.exp2(whole.to(tl.float32))
-    tl.store(weights_ptr + 2 * rows, tl.where(some, grad.to(tl.float32) * power, 0.0), mask=mask)
-    tl.store(weights_ptr + 2 * rows + 1, base, mask=mask)
-
-
 @triton.jit
 def _exp2_finite(x):
     """2^x; of pairs that take no part, x may be anything, and what is left of them must not be NaN."""

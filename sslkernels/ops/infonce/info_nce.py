@@ -141,9 +141,8 @@ def info_nce(
         ids=ids is not None,
         return_stats=return_stats,
     )
-    (q, k), matmul = core.rows_of(query, positive_key, normalize=normalize)
     scale = tau.tensor.reciprocal()
-    positive = core.positive_logits(q, k, scale)
+    ((q, k), matmul), positive = core.pairs_of(query, positive_key, scale, normalize=normalize, backend=backend)
     if paired:
         found = _paired(q, negative_keys, scale, normalize)
     else:

@@ -240,15 +240,16 @@ def hard_nt_xent(
     arguments.check_backend(name, backend, z0.device.type)
     tau = arguments.temperature(name, temperature, z0)
     peers = _meet(name, group, exchange, z0, z1, tau.tensor, normalize=normalize, beta=beta)
-    (a, b), _ = core.rows_of(z0, z1, normalize=normalize)
-    positive = core.positive_logits(a, b, tau.tensor.reciprocal()).repeat(2)
+    _, positive = core.pairs_of(z0, z1, tau.tensor.reciprocal(), normalize=normalize, backend=backend)
+    positive = positive.repeat(2)
     negatives = (len(positive) if peers is None else sum(peers.queries)) - 2
     if negatives <= 0:
         return distributed.reduced(positive * 0, reduction, peers).to(tau.tensor.dtype)
 
+    none = torch.zeros_like(positive, dtype=tau.tensor.dtype)
+
     def logsumexp(factor: float) -> torch.Tensor:
         scaled = arguments.Scalar(tau.tensor / factor, None if tau.value is None else tau.value / factor)
-        none = torch.zeros(len(positive), dtype=tau.tensor.dtype, device=z0.device)
         return _rows(z0, z1, scaled, none, normalize, False, backend, peers)[0].double()
 
     uniform = math.log(negatives)  # the log-sum-exp of logits times 0

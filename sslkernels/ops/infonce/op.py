@@ -48,10 +48,13 @@ def _(grad_loss, z0, z1, temperature, positive_weight, loss, logsumexp, normaliz
 def _save(ctx, inputs, output):
     z0, z1, temperature, positive_weight, ctx.normalize, ctx.bounded, _, ctx.bf16_matmul = inputs
     loss, logsumexp, _, _ = output
+    ctx.set_materialize_grads(False)  # zeros for every output that has no gradient cost a launch each
     ctx.save_for_backward(z0, z1, temperature, positive_weight, loss, logsumexp)
 
 
 def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:
+        grad_loss = torch.zeros_like(ctx.saved_tensors[4])
     grads = _nt_xent_bwd(grad_loss, *ctx.saved_tensors, ctx.normalize, ctx.bounded, ctx.bf16_matmul)
     return *grads, None, None, None, None, None
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sslkernels.distributed import Peers, total
+from sslkernels.distributed import total
 from sslkernels.ops.infonce import arguments
 from sslkernels.ops.infonce import contrast as core
 from sslkernels.ops.infonce import contrast_distributed as distributed
@@ -80,26 +80,20 @@ def sup_con(
         NAME, group, exchange, (len(features),), {"features": features, "temperature": tau.tensor},
         normalize=normalize, reduction=reduction,
     )  # fmt: skip
-    (z,), matmul = core.rows_of(features, normalize=normalize)
+    (z,), matmul = core.rows_of(features, normalize=normalize, backend=backend)
     scale = tau.tensor.reciprocal()
     found = distributed.contrast(
         z, None, scale, peers, unit=normalize, scale_value=None if tau.value is None else 1 / tau.value,
         matmul=matmul, backend=backend,
     )  # fmt: skip
-    sums, counts = positives_of(z, labels, peers)
-    # exact: the row's loss may be small against its logits
-    positive = core.positive_logits(z.double(), sums / counts.clamp_min(1)[:, None], scale)
-    rows = torch.where(counts > 0, found.rows, 0.0) - positive
+    exact = z.double()  # the row's loss may be small against its logits
+    sums, counts = distributed.class_sums(exact if peers is None else z, labels, peers)  # fp32 travels lighter
+    counts = torch.where(labels >= 0, counts - 1, 0)
+    # the mean logit of the positives; divided at last, for the rows are many and their elements more
+    positive = core.positive_logits(exact, sums - exact, scale) / counts.clamp_min(1)
+    has = counts > 0
+    rows = torch.where(has, found.rows - positive, 0.0)
     loss = distributed.reduced(rows, "none" if reduction == "none" else "sum", peers)
     if reduction == "mean":
-        loss = loss / total((counts > 0).sum(), peers).clamp_min(1)
+        loss = loss / total(has.sum(), peers).clamp_min(1)
     return loss.to(scale.dtype)
-
-
-def positives_of(
-    z: torch.Tensor, labels: torch.Tensor, peers: Peers | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, D) fp64 sum of the other rows with the label of each row, and (N,) how many they are."""
-    sums, counts = distributed.class_sums(z, labels, peers)
-    has = labels >= 0
-    return torch.where(has[:, None], sums - z, 0.0), torch.where(has, counts - 1, 0)
