@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 import triton.language as tl
 
 from sslkernels.ops.infonce import contrast_reference as reference
@@ -17,7 +16,7 @@ from sslkernels.ops.infonce.contrast_triton import (
     _sigmoid_contrast_fwd_kernel,
 )
 from sslkernels.ops.infonce.contrast_weights_triton import _contrast_bwd_weights_kernel
-from sslkernels.ops.infonce.kernels import CONFIGS, PAIRS, ROW_DEPTH, Config, Tiles, config_of
+from sslkernels.ops.infonce.kernels import CONFIGS, PAIRS, ROW_DEPTH, Config, Tiles, cdiv, config_of, power_of_2
 
 # as for nt_xent, but for tiles that leave no registers for the vectors and masks there are besides. On gfx942 scalar
 # registers hold the masks: what a loop fetches ahead must not need them too
@@ -126,11 +125,11 @@ class _Schedule:
 
 def _schedule(pairs: _Pairs, tiles: Tiles, programs: int, *, sliced: bool) -> _Schedule:
     """Split the columns until there are about so many programs; a partial result has one of its tiles in each."""
-    narrow = max(16, triton.next_power_of_2(pairs.dim))
+    narrow = max(16, power_of_2(pairs.dim))
     width = min(tiles.grad_width, narrow)
-    slices = triton.cdiv(pairs.dim, width) if sliced else 1
-    blocks, steps = triton.cdiv(pairs.x.rows, tiles.rows), triton.cdiv(pairs.y.rows, tiles.columns)
-    steps_each = triton.cdiv(steps, min(steps, max(1, programs // (blocks * slices))))
+    slices = cdiv(pairs.dim, width) if sliced else 1
+    blocks, steps = cdiv(pairs.x.rows, tiles.rows), cdiv(pairs.y.rows, tiles.columns)
+    steps_each = cdiv(steps, min(steps, max(1, programs // (blocks * slices))))
     arguments = {
         "chunk": steps_each * tiles.columns,
         "ROWS": tiles.rows,
@@ -141,7 +140,7 @@ def _schedule(pairs: _Pairs, tiles: Tiles, programs: int, *, sliced: bool) -> _S
     }
     if sliced:
         arguments["GRAD_WIDTH"] = width
-    return _Schedule((blocks, triton.cdiv(steps, steps_each), slices), arguments)
+    return _Schedule((blocks, cdiv(steps, steps_each), slices), arguments)
 
 
 def _operand(x: torch.Tensor, dtype: torch.dtype, normalize: bool, ones: torch.Tensor | None, length: int) -> _Operand:
@@ -158,16 +157,16 @@ def _operand(x: torch.Tensor, dtype: torch.dtype, normalize: bool, ones: torch.T
         factor = torch.ones(length, dtype=torch.float32, device=x.device) if ones is None else ones
         return _Operand(x, factor, ones=True)
     factor = x.new_empty(rows, dtype=torch.float32)
-    width = dim if in_place else triton.cdiv(dim, ALIGNMENT) * ALIGNMENT
+    width = dim if in_place else cdiv(dim, ALIGNMENT) * ALIGNMENT
     data = x if in_place else x.new_empty((rows, width), dtype=dtype)
 
     def grid(meta):
-        return (triton.cdiv(meta["N"], meta["ROWS"]),)
+        return (cdiv(meta["N"], meta["ROWS"]),)
 
     _contrast_pack_kernel[grid](
         x_ptr=x, packed_ptr=data, factor_ptr=factor, N=rows, stride_xn=x.stride(0), stride_xd=x.stride(1),
         PACK=not in_place, NORMALIZE=normalize, D=dim, WIDTH=width, ROWS=PAIRS,
-        DEPTH=min(ROW_DEPTH, max(16, triton.next_power_of_2(dim))),
+        DEPTH=min(ROW_DEPTH, max(16, power_of_2(dim))),
     )  # fmt: skip
     return _Operand(data, factor)
 
@@ -249,7 +248,7 @@ def _softmax(pairs: _Pairs, scale, online: bool, attract: bool, peaks: bool):
         attraction_ptr=partial, BOUNDED=not online, ATTRACT=attract, SWAPPED=pairs.swapped,
         D=pairs.dim, **{"GRAD_WIDTH": 1} | schedule.arguments,
     )  # fmt: skip
-    _contrast_fwd_finish_kernel[(triton.cdiv(rows, PAIRS),)](
+    _contrast_fwd_finish_kernel[(cdiv(rows, PAIRS),)](
         stats_ptr=stats, partial_ptr=partial, factor_peak_ptr=factor_peak, scale_ptr=scale, lse_ptr=lse,
         peak_logit_ptr=peak_logit, skipped_logit_ptr=skipped_logit, attraction_ptr=attraction, N=rows,
         splits=schedule.splits, ATTRACT=attract, D=pairs.dim,
@@ -303,7 +302,7 @@ def _weights(pairs: _Pairs, grad_rows, lse_rows, grad_columns, lse_columns, scal
     row, peak = scale.new_empty((rows, 2)), scale.new_empty((), dtype=torch.float64)
     column = row if one_pass else scale.new_empty((columns, 2))
     sigmoid, has_columns = lse_rows is None, grad_columns is not None
-    grid = (triton.cdiv(rows if one_pass else max(rows, columns), WEIGHTS), 1 if one_pass else 2)
+    grid = (cdiv(rows if one_pass else max(rows, columns), WEIGHTS), 1 if one_pass else 2)
     _contrast_bwd_weights_kernel[grid](
         grad_rows_ptr=grad_rows, lse_rows_ptr=grad_rows if sigmoid else lse_rows.contiguous(),
         grad_columns_ptr=grad_columns if has_columns else grad_rows,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.runtime import driver
 
 from sslkernels.ops.infonce import reference
@@ -120,6 +119,16 @@ PAIRS = 16
 ROW_DEPTH = 64
 
 
+def cdiv(count: int, size: int) -> int:
+    """Triton's own takes 3 us of the host, as a tenth of a launch: it serves kernels too."""
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The least that is not below ``count``, which is positive."""
+    return 1 << (count - 1).bit_length()
+
+
 def config_of(itemsize: int, configs: dict[str, dict[int, Config]] = CONFIGS) -> Config:
     """What the current device runs; GPUs of other families get sm_80's, which also fits their shared memory."""
     target = driver.active.get_current_target()
@@ -141,9 +150,9 @@ class _Packed:
 
 def _pack(z0, z1, normalize, bf16_matmul, tiles: Tiles) -> _Packed:
     pairs, dim = z0.shape
-    narrow = max(16, triton.next_power_of_2(dim))
+    narrow = max(16, power_of_2(dim))
     step = min(narrow, max(tiles.depth, tiles.grad_width, ROW_DEPTH))
-    padded, width = triton.cdiv(pairs, tiles.block) * tiles.block, triton.cdiv(dim, step) * step
+    padded, width = cdiv(pairs, tiles.block) * tiles.block, cdiv(dim, step) * step
     z = z0.new_empty((2, padded, width), dtype=torch.bfloat16 if bf16_matmul else z0.dtype)
     multiplier, inverse_norm = z.new_empty((2, 2, padded), dtype=torch.float32)
     similarity = z.new_empty(padded, dtype=torch.float32)
@@ -210,7 +219,7 @@ def _launch_triangle(packed: _Packed, temperature, outputs: dict, tiles: Tiles) 
     )  # fmt: skip
 
     def finish_grid(meta):
-        return (triton.cdiv(2 * meta["N"], meta["ROWS"]),)
+        return (cdiv(2 * meta["N"], meta["ROWS"]),)
 
     _nt_xent_fwd_finish_kernel[finish_grid](
         sums_ptr=sums, similarity_ptr=packed.similarity, temperature_ptr=temperature, **outputs,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from sslkernels.ops.infonce import unit_rows_op as operators
-from sslkernels.ops.infonce.kernels import PAIRS, ROW_DEPTH
+from sslkernels.ops.infonce.kernels import PAIRS, ROW_DEPTH, cdiv
 from sslkernels.ops.infonce.unit_rows_triton import _unit_rows_bwd_kernel, _unit_rows_fwd_kernel
 
 
@@ -19,7 +18,7 @@ def unit_rows_fwd(x, y):
     y_rows = torch.empty_like(x_rows) if paired else x_rows.new_empty((0, 0))
     similarity = x_rows.new_empty(len(x) if paired else 0)
     with torch.cuda.device_of(x):
-        _unit_rows_fwd_kernel[(triton.cdiv(len(x), PAIRS),)](
+        _unit_rows_fwd_kernel[(cdiv(len(x), PAIRS),)](
             x_rows_ptr=x_rows, y_rows_ptr=y_rows, similarity_ptr=similarity, **_rows(x, y)
         )
     return x_rows, y_rows, similarity
@@ -36,7 +35,7 @@ def unit_rows_bwd(grad_x_rows, grad_y_rows, grad_similarity, x, y):
         grad_similarity = x.new_zeros(len(x), dtype=torch.float32)
     given = [None if grad is None else grad.contiguous() for grad in (grad_x_rows, grad_y_rows)]
     with torch.cuda.device_of(x):
-        _unit_rows_bwd_kernel[(triton.cdiv(len(x), PAIRS), 1 + paired)](
+        _unit_rows_bwd_kernel[(cdiv(len(x), PAIRS), 1 + paired)](
             grad_x_rows_ptr=grad_x if given[0] is None else given[0],
             grad_y_rows_ptr=grad_x if given[1] is None else given[1],
             grad_similarity_ptr=grad_similarity if paired else grad_x, grad_x_ptr=grad_x, grad_y_ptr=grad_y,
