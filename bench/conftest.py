@@ -25,6 +25,7 @@ def pytest_addoption(parser):
     parser.addoption("--op", action="append", default=[], help="only this op")
     parser.addoption("--peers", help="only these peers, separated by commas; empty for none")
     parser.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.addoption("--no-compile", action="store_true", help="torch.compile takes no part")
     parser.addoption("--cuda-graphs", action="store_true", help="replay every contender as a CUDA graph")
     parser.addoption("--seconds", type=float, default=2.0, help="for the samples of each contender of a race")
 
@@ -49,7 +50,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
             facts["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             facts["versions"][package] = "not installed"
-    options = ("device", "peers", "quick", "curves", "cuda-graphs")
+    options = ("device", "peers", "quick", "curves", "no-compile", "cuda-graphs")
     facts["supported_isas"] = _library.extension.supported_isas() if _library.extension else []
     facts["settings"] = {name: config.getoption(f"--{name}") for name in options}
     machine_info["sslkernels"] = facts
@@ -62,6 +63,7 @@ def settings(request):
     return Settings(
         option("--device"),
         option("--quick"),
+        not (option("--quick") or option("--no-compile")),
         None if peers is None else peers.split(","),
         option("--cuda-graphs"),
         option("--seconds"),
@@ -111,7 +113,7 @@ def race(settings, benchmark, hold):
 
     def run_race(run, spec, peers, assert_correct=measure.assert_correct):
         peers = {name: peer for name, peer in peers.items() if settings.admits(run, f"{name} fp32")}
-        racers = measure.of_run(spec, peers, run, settings.device, compiled=not settings.quick)
+        racers = measure.of_run(spec, peers, run, settings.device, compiled=settings.compiled)
         # of a curve the smallest point, which comes first
         checked = (spec.name, run.curve.size if run.curve else run.case.name)
         torch._dynamo.reset()  # which compiles eight shapes of a function and runs the ninth uncompiled

@@ -48,7 +48,7 @@ def page(found: dict, drawn: dict[str, str]) -> str:
 
 def _command(found: dict) -> str:
     settings = found["machine_info"]["sslkernels"]["settings"]
-    flags = [f"--{name}" for name in ("quick", "curves", "cuda-graphs") if settings[name]]
+    flags = [f"--{name}" for name in ("quick", "curves", "no-compile", "cuda-graphs") if settings.get(name)]
     device = ["--device cuda"] if settings["device"] == "cuda" else []
     peers = [] if settings["peers"] is None else [f"--peers {settings['peers'] or 'none'}"]
     return " ".join(["sslkernels bench", *device, *peers, *flags])
@@ -86,6 +86,8 @@ def unmeasured(found: dict) -> list[str]:
     absent = [package for package, version in facts["versions"].items() if version == "not installed"]
     if absent:
         lines.append(f"Against packages that are not installed: {', '.join(absent)}.")
+    if settings.get("no-compile"):
+        lines.append("torch.compile.")
     if settings["curves"]:
         lines.append("torch.compile and bfloat16 on the scaling curves.")
     entries = [pair for race in results.races(found) for pair in race["contenders"].items()]

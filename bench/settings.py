@@ -17,6 +17,7 @@ class Settings:
 
     device: str
     quick: bool
+    compiled: bool  # torch.compile takes part
     peers: list[str] | None  # None: all
     graphs: bool
     seconds: float

@@ -60,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-k", metavar="EXPRESSION", help="only the matching races, as pytest -k")
     add("--quick", action="store_true", help="the smallest input of each op, three rounds: a first impression")
     add("--curves", action="store_true", help="also how time and memory grow with N, D, K and L; alone with -k curve")
+    add("--no-compile", action="store_true", help="leave torch.compile out, which spends most of the time compiling")
     add("--cuda-graphs", action="store_true", help="with --device cuda: replay every contender as a CUDA graph")
     add("--seconds", type=_positive, default=2.0, help="for the samples of each contender (default: %(default)s)")
     add("--json", metavar="FILE", default="benchmark.json", help="results, table and figures beside it (%(default)s)")
@@ -143,7 +144,12 @@ def _command(args: argparse.Namespace, json: Path) -> list[str]:
     command = [sys.executable, "-m", "pytest", str(BENCH), "-vv", "--no-header", "--benchmark-json", str(json)]
     command += ["--benchmark-quiet", f"--device={args.device}", f"--seconds={args.seconds}"]
     command += [f"--op={op}" for name in args.op or () for op in names[name]]
-    flags = {"--quick": args.quick, "--curves": args.curves or args.docs, "--cuda-graphs": args.cuda_graphs}
+    flags = {
+        "--quick": args.quick,
+        "--curves": args.curves or args.docs,
+        "--no-compile": args.no_compile,
+        "--cuda-graphs": args.cuda_graphs,
+    }
     command += [flag for flag, given in flags.items() if given]
     if args.peers is not None:
         command.append(f"--peers={','.join(args.peers)}")

@@ -243,7 +243,7 @@ def test_who_is_slow_ends_its_curve_but_ours_goes_on():
     first, other = (
         Run("nt_xent", curve.points[0][1], "forward+backward", True, curve) for curve in registry.curves(spec.name)
     )
-    settings = Settings("cpu", quick=False, peers=["lightly"], graphs=False, seconds=2.0)
+    settings = Settings("cpu", quick=False, compiled=True, peers=["lightly"], graphs=False, seconds=2.0)
     assert not settings.admits(first, "timm fp32")
     seconds = {"lightly fp32": 2 * TOO_SLOW, "eager fp32": TOO_SLOW / 2, "ours fp32": 2 * TOO_SLOW}
     settings.note_slow(first, {label: {"median": median} for label, median in seconds.items()})

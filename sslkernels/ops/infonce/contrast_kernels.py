@@ -19,20 +19,26 @@ from sslkernels.ops.infonce.contrast_weights_triton import _contrast_bwd_weights
 from sslkernels.ops.infonce.kernels import CONFIGS, PAIRS, ROW_DEPTH, Config, Tiles, cdiv, config_of, power_of_2
 
 # as for nt_xent, but for tiles that leave no registers for the vectors and masks there are besides. On gfx942 scalar
-# registers hold the masks: what a loop fetches ahead must not need them too
+# registers hold the masks: what a loop fetches ahead must not need them too. In fp32 all have one depth: the backward
+# must add products in the order of the forward, or a row's softmax no longer sums to 1
 _FP32 = Tiles(64, 64, 16, num_warps=8, num_stages=2, grad_width=128)
+_FP32_WIDE = Tiles(64, 32, 16, num_warps=8, num_stages=2, grad_width=256)
 CONTRAST_CONFIGS = {
     "sm_80": {
         2: CONFIGS["sm_80"][2],
-        4: replace(CONFIGS["sm_80"][4], backward=Tiles(32, 64, 16, num_warps=8, num_stages=2, grad_width=128)),
+        4: replace(
+            CONFIGS["sm_80"][4],
+            backward=Tiles(32, 64, 16, num_warps=8, num_stages=2, grad_width=128),
+            backward_wide=_FP32_WIDE,
+        ),
     },
     "sm_90": {
         2: replace(CONFIGS["sm_90"][2], backward_wide=Tiles(64, 32, 64, num_warps=8, num_stages=2, grad_width=512)),
-        4: replace(CONFIGS["sm_90"][4], backward=_FP32),
+        4: replace(CONFIGS["sm_90"][4], backward=_FP32, backward_wide=_FP32_WIDE),
     },
     "sm_100": {
         2: replace(CONFIGS["sm_100"][2], backward=Tiles(64, 64, 128, num_warps=8, num_stages=2, grad_width=128)),
-        4: replace(CONFIGS["sm_100"][4], backward=_FP32),
+        4: replace(CONFIGS["sm_100"][4], backward=_FP32, backward_wide=_FP32_WIDE),
     },
     "gfx942": {
         2: replace(
@@ -43,9 +49,9 @@ CONTRAST_CONFIGS = {
         ),
         4: replace(
             CONFIGS["gfx942"][4],
-            rows=Tiles(64, 64, 32, num_warps=8, num_stages=1),
-            backward=Tiles(64, 32, 32, num_warps=8, num_stages=1, grad_width=128),
-            backward_wide=Tiles(64, 32, 16, num_warps=8, num_stages=2, grad_width=256),
+            rows=Tiles(64, 64, 16, num_warps=8, num_stages=1),
+            backward=Tiles(64, 32, 16, num_warps=8, num_stages=1, grad_width=128),
+            backward_wide=_FP32_WIDE,
         ),
     },
 }
