@@ -137,7 +137,7 @@ def _isa() -> str:
     except RuntimeError as error:  # SSLKERNELS_ISA names none
         return f"none, and every kernel refuses to run: {error}"
     asked = os.environ.get("SSLKERNELS_ISA")
-    reason = f"SSLKERNELS_ISA={asked}" if asked else "the best that was built and this processor has"
+    reason = f"SSLKERNELS_ISA={asked}" if asked else "the fastest that was built and this processor has"
     beyond = [isa for isa in built if isa not in supported]
     lacking = f"; built too, but not on this processor: {', '.join(beyond)}" if beyond else ""
     return f"{chosen}: {reason} (it runs {', '.join(supported)}{lacking})"

@@ -39,10 +39,13 @@ std::vector<Isa> list() {
                   }});
 #endif
 #ifdef SSLKERNELS_HAVE_AVX512_BF16
-  isas.push_back({SSLK_KERNELS(avx512_bf16), [] {
+  isas.push_back({SSLK_KERNELS(avx512_bf16),
+                  [] {
                     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-                  }});
+                  },
+                  // Intel's multiply bf16 at half the rate of fp32, and leave the speed to AMX
+                  [] { return !__builtin_cpu_is("intel"); }});
 #endif
   return isas;
 }
@@ -54,9 +57,9 @@ const Isa* choose() {
   std::string runnable;
   for (const Isa& isa : built_isas()) {
     if (!isa.supported()) continue;
-    best = &isa;
+    if (!isa.fast || isa.fast()) best = &isa;
     runnable += std::string(runnable.empty() ? "" : ", ") + isa.name;
-    if (wanted && std::string(wanted) == isa.name) return best;
+    if (wanted && std::string(wanted) == isa.name) return &isa;
   }
   if (wanted && *wanted)
     throw std::runtime_error("SSLKERNELS_ISA must be one of " + runnable + " on this machine, got '" + wanted + "'");

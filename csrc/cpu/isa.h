@@ -26,13 +26,15 @@ struct Isa {
   PatchMaskKernel (*patch_mask)();
   Peak (*peak)();
   bool (*supported)();
+  // Whether it is worth choosing where it runs; null: always.
+  bool (*fast)() = nullptr;
 };
 
 // What was built, from the baseline up.
 const std::vector<Isa>& built_isas();
 
-// The best one that this processor has, or what SSLKERNELS_ISA asks for; throws std::runtime_error, naming the choices,
-// where that cannot run. Read once.
+// The fastest one that this processor has, or what SSLKERNELS_ISA asks for; throws std::runtime_error, naming the
+// choices, where that cannot run. Read once.
 const Isa& isa();
 
 }  // namespace sslkernels
