@@ -75,7 +75,7 @@ def unmeasured(found: dict) -> list[str]:
     if settings["quick"]:
         lines.append("Anything to rely on: this was a quick run, of three rounds and without torch.compile.")
     if on_cpu:
-        lines.append("Any GPU. The speed of the Triton and CUDA kernels is unknown.")
+        lines.append("Any GPU, on which no large input has been timed yet.")
         lacking = [name for isa, name in INSTRUCTIONS.items() if isa not in facts["supported_isas"]]
         lines += [f"The kernels for {name}, which this processor lacks." for name in lacking]
         lines.append("Processors other than this one, aarch64 among them.")

@@ -370,3 +370,9 @@ def test_splits_take_the_memory_of_a_tile_for_each_program():
         config = contrast_kernels.config_of(4, contrast_kernels.CONTRAST_CONFIGS)
     [partial] = [launch.arguments["partial_ptr"] for launch in launches if "partial_ptr" in launch.arguments]
     assert len(partial) > 10 and partial.numel() <= config.programs * config.backward.rows * 16
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_of_float32_are_added_in_one_order_in_every_pass(target):
+    config = contrast_kernels.CONTRAST_CONFIGS[target][4]
+    assert {tiles.depth for tiles in (config.rows, config.backward, config.backward_wide)} == {16}
