@@ -147,6 +147,15 @@ def operator(torch_op: str, op: str) -> Callable:
     return checked
 
 
+def refuse_double_backward(torch_op: str, op: str) -> None:
+    """Makes the gradient of a backward operator an error that names ``op``."""
+
+    def refuse(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"{op}: double backward is not supported; use backend='reference' to differentiate twice")
+
+    torch.library.register_autograd(f"sslkernels::{torch_op}", refuse)
+
+
 def _has_tangent(x: torch.Tensor) -> bool:
     """Also in an outer transform of `torch.func`, each of which has a wrapper of its own around the tensor."""
     from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack

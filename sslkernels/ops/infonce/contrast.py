@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
 
 
 def rows_of(*tensors: torch.Tensor, normalize: bool, backend: str | None = "reference") -> Inputs:
-    """Embeddings of any dtype as `contrast` takes them."""
+    """Embeddings of any dtype as `contrast` takes them; a single one by a kernel where ``backend`` has it."""
     dtype = _promoted(tensors)
     if normalize and len(tensors) == 1 and unit_rows_op.serves(tensors[0], backend):
         return Inputs(unit_rows_op.unit_rows_fwd(tensors[0], None)[:1], matmul_of(dtype))

@@ -336,7 +336,9 @@ def _gradient(pairs: _Pairs, weights: _Weights, scale, *, bias, sigmoid: bool, b
     grad = partial[0] if schedule.splits == 1 else partial.sum(dim=0)
     if pairs.swapped:
         return grad, None, None
-    return grad, sums[0].sum(), sums[1].sum() if sigmoid else None
+    # in fp64: what the softmax owes the scale nearly cancels what the positives do
+    along, total = sums[0].sum(dtype=torch.float64), sums[1].sum(dtype=torch.float64) if sigmoid else None
+    return grad, along.to(scale.dtype), total if total is None else total.to(scale.dtype)
 
 
 def sigmoid_contrast_fwd(query, key, scale, bias, positive, query_ids, key_ids, matmul):

@@ -144,12 +144,6 @@ def _sigmoid_backward(backward, ctx, grad_rows):
     return *grads, *[None] * 4
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        "sslkernels: double backward is not supported; use backend='reference' to differentiate a loss twice"
-    )
-
-
 def _register(contrast_fwd: str, contrast_bwd: str, sigmoid_fwd: str, sigmoid_bwd: str) -> None:
     """Shapes and gradients of four operators; the backward of each forward is the one beside it."""
     fakes: tuple[Callable, ...] = (
@@ -168,11 +162,11 @@ def _register(contrast_fwd: str, contrast_bwd: str, sigmoid_fwd: str, sigmoid_bw
         torch.library.register_autograd(
             f"sslkernels::{forward}", functools.partial(gradients, partner), setup_context=save
         )
-        torch.library.register_autograd(f"sslkernels::{backward}", _no_double_backward)
+        _library.refuse_double_backward(backward, "sslkernels")
 
 
 torch.library.register_fake(f"sslkernels::{ATTRACTED}", _contrast_attracted_bwd_fake)
-torch.library.register_autograd(f"sslkernels::{ATTRACTED}", _no_double_backward)
+_library.refuse_double_backward(ATTRACTED, "sslkernels")
 _register(*SCHEMAS)
 _register(*COMPILED.values())
 

@@ -59,12 +59,8 @@ def _backward(ctx, grad_loss, *_):
     return *grads, None, None, None, None, None
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError("nt_xent: double backward is not supported; use backend='reference' to differentiate twice")
-
-
 torch.library.register_autograd("sslkernels::nt_xent_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("sslkernels::nt_xent_bwd", _no_double_backward)
+_library.refuse_double_backward("nt_xent_bwd", "nt_xent")
 
 if _library.claim_cuda("nt_xent_fwd") == "triton":
 

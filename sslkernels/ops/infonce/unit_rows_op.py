@@ -85,14 +85,8 @@ def _backward(ctx, *grads):
     return grad_x, None if y is None else grad_y
 
 
-def _no_double_backward(ctx, *_):
-    raise RuntimeError(
-        "sslkernels: double backward is not supported; use backend='reference' to differentiate a loss twice"
-    )
-
-
 torch.library.register_autograd("sslkernels::unit_rows_fwd", _backward, setup_context=_save)
-torch.library.register_autograd("sslkernels::unit_rows_bwd", _no_double_backward)
+_library.refuse_double_backward("unit_rows_bwd", "sslkernels")
 
 _owners = [_library.claim_cuda(name) for name in SCHEMAS]
 if _owners[0] == "triton":
