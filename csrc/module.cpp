@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/results.h"
+#include "cpu/workspace.h"
 #ifdef SSLKERNELS_HAVE_CUDA
 #include "cuda/current_stream.h"
 #endif
@@ -35,6 +37,11 @@ std::vector<std::string> names(bool supported_only) {
   for (const Isa& isa : built_isas())
     if (!supported_only || isa.supported()) found.push_back(isa.name);
   return found;
+}
+
+void empty_cache() {
+  result_memory().empty();
+  Workspace::empty_cache();
 }
 
 // Units of work per second of all threads together; work(iterations) runs on each and returns what it did.
@@ -64,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("finds_cuda_stream", [] { return current_stream_lookup() != nullptr; }, "Whether torch can launch on a GPU.");
 #endif
   m.def("threads", [] { return torch::stable::get_num_threads(); });
+  m.def("empty_cache", &empty_cache, "Gives the memory kept between calls to the system.");
   m.def(
       "fma_peak",
       [](bool bf16, int64_t iterations) {

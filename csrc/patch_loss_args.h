@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
+#include <optional>
 #include <vector>
 
 #include "patch_loss_job.h"
@@ -18,13 +19,21 @@ inline Tensor patch_mask(const Tensor& mask, int64_t samples, int64_t tokens) {
   return torch::stable::contiguous(mask);
 }
 
+// What allocates the gradients: (like, sizes, dtype).
+using NewTensor = Tensor (*)(const Tensor&, const std::vector<int64_t>&, std::optional<ScalarType>);
+
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
 // The forward: its job, the tensors that it points into, and its results.
 struct PatchLossArguments {
   PatchLossJob job{};
   Tensor loss, grad_pred;
 
   PatchLossArguments(const Tensor& given_pred, const Tensor& images, const Tensor& given_mask,
-                     const std::vector<int64_t>& patch_size, bool norm_pix, double eps, bool need_grad)
+                     const std::vector<int64_t>& patch_size, bool norm_pix, double eps, bool need_grad,
+                     NewTensor new_tensor = new_empty)
       : pred_(given_pred) {
     const int64_t dims = images.dim() - 2;
     STD_TORCH_CHECK((dims == 2 || dims == 3) && static_cast<int64_t>(patch_size.size()) == dims,
@@ -46,7 +55,7 @@ struct PatchLossArguments {
     std::vector<int64_t> shape{0};
     if (need_grad) shape = {job.samples, job.tokens(), job.width()};
     const bool is_half = job.pred_dtype == Dtype::kFloat16;
-    grad_pred = torch::stable::new_empty(pred_, shape, is_half ? ScalarType::Float : pred_.scalar_type());
+    grad_pred = new_tensor(pred_, shape, is_half ? ScalarType::Float : pred_.scalar_type());
     if (need_grad) job.grad = grad_pred.mutable_data_ptr();
   }
 
@@ -80,7 +89,8 @@ struct PatchGradArguments {
   Tensor grad;
   bool is_double;  // grad_loss is float64, or else float32
 
-  PatchGradArguments(const Tensor& grad_loss, const Tensor& grad_pred, const Tensor& mask, ScalarType dtype)
+  PatchGradArguments(const Tensor& grad_loss, const Tensor& grad_pred, const Tensor& mask, ScalarType dtype,
+                     NewTensor new_tensor = new_empty)
       : is_double(grad_loss.scalar_type() == ScalarType::Double) {
     STD_TORCH_CHECK(grad_loss.numel() == 1 && (is_double || grad_loss.scalar_type() == ScalarType::Float),
                     "patch_loss_bwd: grad_loss must be one float32 or float64");
@@ -90,7 +100,7 @@ struct PatchGradArguments {
                     "patch_loss_bwd: grad_pred must have the dtype of the result, or float32 for float16");
     from_ = torch::stable::contiguous(grad_pred);
     mask_ = patch_mask(mask, grad_pred.size(0), grad_pred.size(1));
-    grad = torch::stable::new_empty(grad_pred, {grad_pred.size(0), grad_pred.size(1), grad_pred.size(2)}, dtype);
+    grad = new_tensor(grad_pred, {grad_pred.size(0), grad_pred.size(1), grad_pred.size(2)}, dtype);
     job.grad_pred = from_.const_data_ptr();
     job.mask = static_cast<const bool*>(mask_.const_data_ptr());
     job.grad = grad.mutable_data_ptr();

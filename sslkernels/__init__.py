@@ -3,7 +3,7 @@
 The functions are here; `sslkernels.nn` has the modules, such as the momentum teacher `sslkernels.nn.EMATeacher`.
 """
 
-from sslkernels._library import Backend, backends
+from sslkernels._library import Backend, backends, empty_cache
 from sslkernels.ops import (
     BlockSizes,
     ClipStats,
@@ -48,6 +48,7 @@ __all__ = [
     "clip_loss",
     "decoupled_nt_xent",
     "ema_update_",
+    "empty_cache",
     "gather_tokens",
     "hard_nt_xent",
     "info_nce",

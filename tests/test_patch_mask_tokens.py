@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from numerics import assert_as_exact_as_eager
 from torch.nn import functional
 
-from sslkernels import _library, gather_tokens, masked_patch_embed, patch_mask, random_masking, restore_tokens
+from sslkernels import (
+    _library,
+    empty_cache,
+    gather_tokens,
+    masked_patch_embed,
+    patch_mask,
+    random_masking,
+    restore_tokens,
+)
 from sslkernels.ops.patch_mask import op as operators
 from sslkernels.ops.patch_mask import reference
 
@@ -364,6 +372,7 @@ def test_memory_is_that_of_the_results():
         "    grad = torch.randn(samples, 49, 256)\n"
         "    status = lambda key: int(open('/proc/self/status').read().split(key)[1].split()[0]) * 1024\n"
         "    open('/proc/self/clear_refs', 'w').write('5')\n"
+        "    sslkernels.empty_cache()\n"
         "    before = status('VmRSS:')\n"
         "    out = sslkernels.random_masking(x, seed=1)\n"
         "    out.x_kept.backward(grad)\n"
@@ -375,6 +384,27 @@ def test_memory_is_that_of_the_results():
     )
     result = subprocess.run([sys.executable, "-c", program], env=dict(os.environ), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_large_results_take_the_memory_of_earlier_ones():
+    """A result above 32 MiB has memory that nobody holds, and leaves it to the next."""
+    require_or_skip(_library.extension, _library.extension_error)
+    x = torch.randn(65, 130, 1024)
+    ids = torch.arange(130).expand(65, 130)
+    first, second = (gather_tokens(x, order) for order in (ids, ids.flip(1)))
+    part = first[:, 5:]  # keeps the memory of the whole
+    left = first.data_ptr()
+    del first
+    third = gather_tokens(x, ids)
+    assert third.data_ptr() not in (left, second.data_ptr())
+    for result, expected in ((part, x[:, 5:]), (second, x.flip(1)), (third, x)):
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    del part
+    fourth = gather_tokens(x, ids.flip(1))
+    assert fourth.data_ptr() == left
+    torch.testing.assert_close(fourth, x.flip(1), rtol=0, atol=0)
+    empty_cache()
+    torch.testing.assert_close(fourth, x.flip(1), rtol=0, atol=0)  # what is held stays
 
 
 def test_the_definition_agrees_with_a_plain_loop():

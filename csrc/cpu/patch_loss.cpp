@@ -9,6 +9,7 @@
 #include "../patch_loss_args.h"
 #include "../tensors.h"
 #include "isa.h"
+#include "results.h"
 #include "threads.h"
 
 namespace sslkernels {
@@ -18,7 +19,7 @@ std::tuple<Tensor, Tensor> patch_loss_fwd_cpu(const Tensor& pred, const Tensor& 
                                               std::vector<int64_t> patch_size, bool norm_pix, double eps,
                                               bool need_grad) {
   STD_TORCH_CHECK(pred.is_cpu() && images.is_cpu() && mask.is_cpu(), "patch_loss_fwd: all tensors must be on the CPU");
-  const PatchLossArguments arguments(pred, images, mask, patch_size, norm_pix, eps, need_grad);
+  const PatchLossArguments arguments(pred, images, mask, patch_size, norm_pix, eps, need_grad, new_result);
   const double loss =
       run_patch_loss(arguments.job, isa().patch_loss(), torch::stable::get_num_threads(), TorchThreads{});
   if (arguments.job.is_double()) {
@@ -32,7 +33,7 @@ std::tuple<Tensor, Tensor> patch_loss_fwd_cpu(const Tensor& pred, const Tensor& 
 Tensor patch_loss_bwd_cpu(const Tensor& grad_loss, const Tensor& grad_pred, const Tensor& mask, ScalarType dtype) {
   STD_TORCH_CHECK(grad_loss.is_cpu() && grad_pred.is_cpu() && mask.is_cpu(),
                   "patch_loss_bwd: all tensors must be on the CPU");
-  const PatchGradArguments arguments(grad_loss, grad_pred, mask, dtype);
+  const PatchGradArguments arguments(grad_loss, grad_pred, mask, dtype, new_result);
   const double factor = arguments.is_double ? *const_data<double>(grad_loss) : *const_data<float>(grad_loss);
   run_patch_grad(arguments.job, factor, isa().patch_loss(), torch::stable::get_num_threads(), TorchThreads{});
   return arguments.grad;

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "../patch_loss_job.h"
-#include "huge_pages.h"
 #include "workspace.h"
 
 namespace sslkernels {
@@ -44,7 +43,6 @@ double run_patch_loss(const PatchLossJob& job, const PatchLossKernel& kernel, in
   const int64_t chunks = (patches + each - 1) / each, masked = std::count(job.mask, job.mask + patches, true);
   const double scale = 2.0 / (static_cast<double>(std::max<int64_t>(1, masked)) * static_cast<double>(width));
   std::vector<double> sums(chunks);
-  if (job.grad) prefer_huge_pages(job.grad, patches * width * itemsize(job.grad_dtype()));
   Workspace workspace;
   char* scratch;
   const int64_t bytes = patch_scratch_bytes(job);
@@ -62,7 +60,6 @@ template <class Parallel>
 void run_patch_grad(const PatchGradJob& job, double grad_loss, const PatchLossKernel& kernel, int64_t threads,
                     const Parallel& parallel) {
   const int64_t each = patches_in_chunk(job.width);
-  prefer_huge_pages(job.grad, job.rows * job.width * itemsize(job.to));
   share_chunks((job.rows + each - 1) / each, threads, parallel, [&](int64_t chunk, int64_t) {
     kernel.backward(job, grad_loss, chunk * each, std::min((chunk + 1) * each, job.rows));
   });

@@ -6,12 +6,12 @@
 
 #include "../checks.h"
 #include "../tensors.h"
-#include "huge_pages.h"
 #include "isa.h"
 #include "patch_mask_patches.h"
 #include "patch_mask_restore.h"
 #include "patch_mask_rows.h"
 #include "patch_mask_select.h"
+#include "results.h"
 #include "threads.h"
 
 namespace sslkernels {
@@ -27,13 +27,6 @@ struct Call {
 };
 
 // ---- tensors to plain data
-
-Tensor new_result(const Tensor& like, std::initializer_list<int64_t> sizes,
-                  std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor result = torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, dtype);
-  prefer_huge_pages(result.mutable_data_ptr(), result.numel() * static_cast<int64_t>(result.element_size()));
-  return result;
-}
 
 // (N, L, D) with its columns side by side.
 Tensor checked_tokens(const char* op, const char* argument, const Tensor& x, int64_t prefix) {
@@ -244,7 +237,7 @@ std::tuple<Tensor, Tensor, Tensor> restore_tokens_bwd_cpu(const Tensor& grad, co
   const int64_t row_bytes = columns * static_cast<int64_t>(grad.element_size());
   const TokenRows kept = dense_rows(grad_x.mutable_data_ptr(), num_prefix + num_keep, row_bytes);
   check_places(places, call, [&](int64_t n, int64_t k) {
-    if (need_x) call.kernel.zero(kept.at(n, num_prefix + k), row_bytes);
+    if (need_x) call.kernel.cached.zero(kept.at(n, num_prefix + k), row_bytes);
   });
   const RestoreGradJob job{rows_of(rows),
                            places,
@@ -300,8 +293,7 @@ Tensor gather_patches_bwd_cpu(const Tensor& grad, const Tensor& ids, std::vector
                               std::vector<int64_t> patch_size) {
   const Call call;
   const Tensor rows = checked_tokens(kEmbed, "grad", grad, 0);
-  Tensor out = torch::stable::new_empty(grad, image_shape);
-  prefer_huge_pages(out.mutable_data_ptr(), out.numel() * static_cast<int64_t>(out.element_size()));
+  Tensor out = new_result(grad, image_shape);
   const Patches patches = patches_of(out, patch_size);
   const Tensor dense_ids = checked_ids(kEmbed, "ids_keep", ids, out.size(0));
   check_range(kEmbed, "ids_keep", dense_ids, patches.count(), call);

@@ -6,13 +6,18 @@
 
 namespace sslkernels {
 
+// How a row of a result is written: into the caches, or past them.
+struct RowMoves {
+  void (*copy)(void* to, const void* from, int64_t bytes);
+  void (*zero)(void* to, int64_t bytes);
+  void (*add)(Dtype dtype, void* to, const void* a, const void* b, int64_t columns);
+};
+
 // The loops of one instruction set.
 struct PatchMaskKernel {
   // The random keys of a sample's tokens. `keys` has room for kKeyBlock more.
   void (*keys)(uint64_t seed, uint64_t sample, int64_t tokens, uint32_t* keys);
-  void (*copy)(void* to, const void* from, int64_t bytes);
-  void (*zero)(void* to, int64_t bytes);
-  void (*add)(Dtype dtype, void* to, const void* a, const void* b, int64_t columns);
+  RowMoves cached, streamed;
   // Sums of rows: `part` is in fp32 (fp64 for fp64), and flush moves it into `total` before it grows.
   void (*accumulate)(Dtype dtype, void* part, const void* row, int64_t columns);
   void (*flush)(Dtype dtype, double* total, void* part, int64_t columns);

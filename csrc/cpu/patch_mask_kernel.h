@@ -45,6 +45,28 @@ inline void zero_bytes(void* to, int64_t bytes) {
   for (; at < bytes; at += 2) __builtin_memset(target + at, 0, 2);
 }
 
+// Whole cache lines past the caches, the ends of the row through them.
+inline void stream_bytes(void* to, const void* from, int64_t bytes) {
+  constexpr int64_t kLine = 64, kVec = sizeof(Vec);
+  char* target = static_cast<char*>(to);
+  const char* source = static_cast<const char*>(from);
+  int64_t at = min(bytes, -static_cast<int64_t>(reinterpret_cast<uintptr_t>(to)) & (kLine - 1));
+  copy_bytes(target, source, at);
+  for (; at + kLine <= bytes; at += kLine)
+    SSLK_UNROLL for (int64_t v = 0; v < kLine; v += kVec) stream(target + at + v, load_unaligned(source + at + v));
+  copy_bytes(target + at, source + at, bytes - at);
+}
+
+inline void stream_zeros(void* to, int64_t bytes) {
+  constexpr int64_t kLine = 64, kVec = sizeof(Vec);
+  char* target = static_cast<char*>(to);
+  int64_t at = min(bytes, -static_cast<int64_t>(reinterpret_cast<uintptr_t>(to)) & (kLine - 1));
+  zero_bytes(target, at);
+  for (; at + kLine <= bytes; at += kLine)
+    SSLK_UNROLL for (int64_t v = 0; v < kLine; v += kVec) stream(target + at + v, Vec{});
+  zero_bytes(target + at, bytes - at);
+}
+
 // ---- arithmetic on rows of any dtype; Real is what sums are formed in
 
 template <class F>
@@ -63,6 +85,16 @@ inline void add_rows(Dtype dtype, void* to, const void* a, const void* b, int64_
 #pragma GCC ivdep
     for (int64_t d = 0; d < columns; d++) out[d] = type.store(type.load(x[d]) + type.load(y[d]));
   });
+}
+
+inline void stream_sum(Dtype dtype, void* to, const void* a, const void* b, int64_t columns) {
+  constexpr int64_t kBlock = 1024;
+  alignas(64) double block[kBlock];  // room for any dtype
+  for (int64_t at = 0; at < columns; at += kBlock) {
+    const int64_t count = min(kBlock, columns - at), begin = at * itemsize(dtype);
+    add_rows(dtype, block, static_cast<const char*>(a) + begin, static_cast<const char*>(b) + begin, count);
+    stream_bytes(static_cast<char*>(to) + begin, block, count * itemsize(dtype));
+  }
 }
 
 inline void accumulate_row(Dtype dtype, void* part, const void* row, int64_t columns) {
@@ -92,7 +124,12 @@ inline void round_row(Dtype dtype, void* to, const double* total, int64_t column
 }
 
 PatchMaskKernel patch_mask_kernel() {
-  return {token_keys, copy_bytes, zero_bytes, add_rows, accumulate_row, flush_part, round_row};
+  return {token_keys,
+          {copy_bytes, zero_bytes, add_rows},
+          {stream_bytes, stream_zeros, stream_sum},
+          accumulate_row,
+          flush_part,
+          round_row};
 }
 
 }  // namespace sslkernels::SSLK_ISA

@@ -46,7 +46,7 @@ struct GatherPatchesJob {
 
 inline void copy_line(const Patches& images, const PatchMaskKernel& kernel, char* to, const char* from) {
   const int64_t count = images.patch[2], step = images.step[4];
-  if (step == images.item) return kernel.copy(to, from, count * images.item);
+  if (step == images.item) return kernel.cached.copy(to, from, count * images.item);
   if (images.item == 2) return copy_strided<2>(to, from, count, step);
   if (images.item == 4) return copy_strided<4>(to, from, count, step);
   copy_strided<8>(to, from, count, step);
@@ -94,8 +94,8 @@ void scatter_patches(const ScatterPatchesJob& job, const Workers<Parallel>& work
           sum.write(summed.data());
         }
         images.for_lines(n, patch, [&](char* to, int64_t at) {
-          if (count == 0) return workers.kernel.zero(to, line_bytes);
-          workers.kernel.copy(to, row + at * images.item, line_bytes);
+          if (count == 0) return workers.kernel.cached.zero(to, line_bytes);
+          workers.kernel.cached.copy(to, row + at * images.item, line_bytes);
         });
       });
     };

@@ -53,11 +53,11 @@ struct RestoreJob {
 
 template <class Parallel>
 void restore_rows(const RestoreJob& job, const Workers<Parallel>& workers) {
-  const int64_t rows = job.prefix + job.places.tokens, row_bytes = job.columns * size_of(job.dtype);
+  const int64_t rows = job.prefix + job.places.tokens, row_bytes = job.columns * itemsize(job.dtype);
   const int64_t without = rows - job.pos_tokens;  // so many of the first have no position
   const TokenRows to = dense_rows(job.to, rows, row_bytes);
   const char* positions = static_cast<const char*>(job.pos_embed);
-  const PatchMaskKernel& kernel = workers.kernel;
+  const RowMoves& moves = workers.moves(job.places.samples * rows * row_bytes);
   workers.share(job.places.samples * rows, rows_per_chunk(row_bytes), [&] {
     return [&](int64_t begin, int64_t end) {
       for_rows(rows, begin, end, [&](int64_t n, int64_t j) {
@@ -65,10 +65,10 @@ void restore_rows(const RestoreJob& job, const Workers<Parallel>& workers) {
         const void* source = job.mask_token;
         if (place < job.places.kept) source = job.from.at(n, place < 0 ? j : job.prefix + place);
         const void* position = j < without || !positions ? nullptr : positions + (j - without) * row_bytes;
-        if (source && position) return kernel.add(job.dtype, to.at(n, j), source, position, job.columns);
+        if (source && position) return moves.add(job.dtype, to.at(n, j), source, position, job.columns);
         if (!source) source = position;
-        if (!source) return kernel.zero(to.at(n, j), row_bytes);
-        kernel.copy(to.at(n, j), source, row_bytes);
+        if (!source) return moves.zero(to.at(n, j), row_bytes);
+        moves.copy(to.at(n, j), source, row_bytes);
       });
     };
   });
@@ -110,12 +110,13 @@ struct RestoreUnits {
 // One worker's part of the gradients of restoring.
 class RestoreGrad {
  public:
-  RestoreGrad(const RestoreGradJob& job, const RestoreUnits& units, const PatchMaskKernel& kernel, double* mask_sums)
+  RestoreGrad(const RestoreGradJob& job, const RestoreUnits& units, const PatchMaskKernel& kernel,
+              const RowMoves& moves, double* mask_sums)
       : job_(job),
         units_(units),
-        kernel_(kernel),
+        moves_(moves),
         mask_sums_(mask_sums),
-        row_bytes_(job.columns * size_of(job.dtype)),
+        row_bytes_(job.columns * itemsize(job.dtype)),
         rows_(job.prefix + job.places.tokens),
         without_(rows_ - job.pos_tokens),
         to_(dense_rows(job.grad_x, job.prefix + job.places.kept, row_bytes_)),
@@ -139,7 +140,7 @@ class RestoreGrad {
     const char* row = job_.grad.at(n, j);
     const int64_t place = j < job_.prefix ? -1 : job_.places.row(n)[j - job_.prefix];
     if (place < job_.places.kept) {
-      if (job_.grad_x) kernel_.copy(to_.at(n, place < 0 ? j : job_.prefix + place), row, row_bytes_);
+      if (job_.grad_x) moves_.copy(to_.at(n, place < 0 ? j : job_.prefix + place), row, row_bytes_);
     } else if (job_.grad_mask_token) {
       mask_sum_.add(row);
     }
@@ -148,7 +149,7 @@ class RestoreGrad {
 
   const RestoreGradJob& job_;
   const RestoreUnits& units_;
-  const PatchMaskKernel& kernel_;
+  const RowMoves& moves_;
   double* mask_sums_;  // of every unit
   int64_t row_bytes_, rows_, without_;
   TokenRows to_;
@@ -160,11 +161,14 @@ class RestoreGrad {
 template <class Parallel>
 void restore_rows_backward(const RestoreGradJob& job, const Workers<Parallel>& workers) {
   const RestoreUnits units(job.places.samples, job.prefix + job.places.tokens, job.columns, job.grad_pos != nullptr);
+  const int64_t kept_rows = job.places.samples * (job.prefix + job.places.kept);
+  const RowMoves& moves = workers.moves(kept_rows * job.columns * itemsize(job.dtype));
   std::vector<double> mask_sums(job.grad_mask_token ? units.count * job.columns : 0);
   workers.share(units.count, 1, [&] {
-    return [grad = RestoreGrad(job, units, workers.kernel, mask_sums.data())](int64_t begin, int64_t end) mutable {
-      for (int64_t unit = begin; unit < end; unit++) grad.run(unit);
-    };
+    return
+        [grad = RestoreGrad(job, units, workers.kernel, moves, mask_sums.data())](int64_t begin, int64_t end) mutable {
+          for (int64_t unit = begin; unit < end; unit++) grad.run(unit);
+        };
   });
   if (!job.grad_mask_token) return;
   std::vector<double> total(job.columns);

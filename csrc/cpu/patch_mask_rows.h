@@ -58,11 +58,12 @@ template <class Parallel>
 void gather_rows(const GatherJob& job, const Workers<Parallel>& workers) {
   const int64_t rows = job.prefix + job.kept;
   const TokenRows to = dense_rows(job.to, rows, job.row_bytes);
+  const RowMoves& moves = workers.moves(job.samples * rows * job.row_bytes);
   workers.share(job.samples * rows, rows_per_chunk(job.row_bytes), [&] {
     return [&](int64_t begin, int64_t end) {
       for_rows(rows, begin, end, [&](int64_t n, int64_t j) {
         const int64_t t = j < job.prefix ? j : job.prefix + job.ids[n * job.kept + j - job.prefix];
-        workers.kernel.copy(to.at(n, j), job.from.at(n, t), job.row_bytes);
+        moves.copy(to.at(n, j), job.from.at(n, t), job.row_bytes);
       });
     };
   });
@@ -155,17 +156,17 @@ struct ScatterJob {
 
 template <class Parallel>
 void scatter_rows(const ScatterJob& job, const Workers<Parallel>& workers) {
-  const int64_t rows = job.prefix + job.tokens, row_bytes = job.columns * size_of(job.dtype);
+  const int64_t rows = job.prefix + job.tokens, row_bytes = job.columns * itemsize(job.dtype);
   const Occurrences found(job.ids, job.samples, job.kept, job.tokens, workers);
   const TokenRows to = dense_rows(job.to, rows, row_bytes);
+  const RowMoves& moves = workers.moves(job.samples * rows * row_bytes);
   workers.share(job.samples * rows, rows_per_chunk(row_bytes), [&] {
     return [&, sum = RowSum(workers.kernel, job.dtype, job.columns)](int64_t begin, int64_t end) mutable {
       for_rows(rows, begin, end, [&](int64_t n, int64_t j) {
         const int64_t t = j - job.prefix, count = t < 0 ? 1 : found.count(n, t);
-        if (count == 0) return workers.kernel.zero(to.at(n, j), row_bytes);
+        if (count == 0) return moves.zero(to.at(n, j), row_bytes);
         const int64_t* places = t < 0 ? nullptr : found.begin(n, t);
-        if (count == 1)
-          return workers.kernel.copy(to.at(n, j), job.from.at(n, t < 0 ? j : job.prefix + places[0]), row_bytes);
+        if (count == 1) return moves.copy(to.at(n, j), job.from.at(n, t < 0 ? j : job.prefix + places[0]), row_bytes);
         for (int64_t i = 0; i < count; i++) sum.add(job.from.at(n, job.prefix + places[i]));
         sum.write(to.at(n, j));
       });

@@ -5,10 +5,16 @@
 #include <vector>
 
 #include "patch_mask.h"
+#include "result_memory.h"
 
 namespace sslkernels {
 
-inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
+// What this thread wrote past the caches is there for the others from here on.
+inline void finish_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
 
 inline int64_t blocks_of(int64_t items, int64_t block) { return (items + block - 1) / block; }
 
@@ -28,6 +34,7 @@ void share(int64_t items, int64_t chunk, int64_t threads, const Parallel& parall
       for (int64_t c; (c = first + taken[range].fetch_add(1, std::memory_order_relaxed)) < last;)
         work(c * chunk, std::min(items, (c + 1) * chunk));
     }
+    finish_streams();
   });
 }
 
@@ -46,6 +53,10 @@ struct Workers {
   void share(int64_t items, int64_t chunk, const Make& make) const {
     sslkernels::share(items, chunk, threads, parallel, make);
   }
+
+  // For a result of so many bytes. One that no cache holds for its reader is written past them, which saves the reading
+  // of what it overwrites.
+  const RowMoves& moves(int64_t bytes) const { return bytes > kLargeResult ? kernel.streamed : kernel.cached; }
 };
 
 // The first row in which any worker found something wrong.

@@ -44,6 +44,18 @@ SSLK_INLINE Vec load(const void* p) { return *static_cast<const Vec*>(p); }
 SSLK_INLINE void store(void* p, Vec v) { *static_cast<Vec*>(p) = v; }
 SSLK_INLINE Vec load_unaligned(const void* p) { return *static_cast<const VecUnaligned*>(p); }
 SSLK_INLINE void store_unaligned(void* p, Vec v) { *static_cast<VecUnaligned*>(p) = v; }
+// Past the caches, to an aligned place, in no order that another thread could rely on.
+SSLK_INLINE void stream(void* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(static_cast<float*>(p), v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(static_cast<float*>(p), v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(static_cast<float*>(p), v);
+#else
+  store(p, v);
+#endif
+}
 SSLK_INLINE Vec broadcast(float x) { return x - Vec{}; }
 SSLK_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 

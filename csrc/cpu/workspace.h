@@ -22,6 +22,8 @@ class Workspace {
     release(block_);
   }
 
+  static void empty_cache() { release(kept().exchange(nullptr)); }
+
   // Runs layout(*this) twice: to count what it takes, then to hand it out.
   template <class Layout>
   void allocate(const Layout& layout) {

@@ -144,6 +144,27 @@ void check_rows(const Isa& isa, int64_t samples, int64_t tokens, int64_t kept, i
   expect(near(back, sums), name + " scattered");
 }
 
+// What is written past the caches is what is written through them, wherever a row begins and ends, and nothing beside
+// it.
+void check_streams(const Isa& isa, int64_t offset, int64_t elements) {
+  const PatchMaskKernel kernel = isa.patch_mask();
+  const int64_t columns = elements + 100;
+  std::vector<float> a = random(columns, 0.7f), b = random(columns, 0.3f);
+  std::vector<float> cached[3], streamed[3];
+  for (int i = 0; i < 3; i++) cached[i] = streamed[i] = std::vector<float>(columns, 7.f);
+  const auto write = [&](const RowMoves& moves, std::vector<float>(&to)[3]) {
+    moves.copy(to[0].data() + offset, a.data() + 1, 4 * elements);
+    moves.zero(to[1].data() + offset, 4 * elements);
+    moves.add(Dtype::kFloat32, to[2].data() + offset, a.data(), b.data() + 3, elements);
+    finish_streams();
+  };
+  write(kernel.cached, cached);
+  write(kernel.streamed, streamed);
+  for (int i = 0; i < 3; i++)
+    expect(cached[i] == streamed[i],
+           std::string(isa.name) + " streamed " + std::to_string(elements) + " from " + std::to_string(offset));
+}
+
 struct Restored {
   std::vector<float> out, grad_x, grad_token, grad_pos;
 
@@ -239,6 +260,8 @@ int main() {
       for (int64_t kept : {int64_t{0}, tokens / 4, tokens})
         for (bool ordered : {false, true})
           for (bool scores : {false, true}) check_masks(isa, 3, tokens, kept, ordered, scores);
+    for (int64_t offset : {0, 1, 13, 16})
+      for (int64_t elements : {0, 1, 15, 16, 31, 100, 1030, 2500}) check_streams(isa, offset, elements);
     check_rows(isa, 3, 9, 30, 37, 2);
     check_rows(isa, 2, 200, 90, 1, 0);
     check_rows(isa, 2, 5, 0, 8, 1);
