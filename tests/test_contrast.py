@@ -317,7 +317,10 @@ def bad_calls():
             ((x, x), {"positive_weight": x[:3, 0]}, r"positive_weight must be \(4,\) or \(8,\), got \(3,\)"),
             ((x, x), {"positive_weight": x[:, 0].to_sparse()}, "positive_weight must be a strided tensor, got"),
         ],
-        "hard_nt_xent": [((x, x), {"tau_plus": -0.1}, r"tau_plus must be in \[0, 1\), got -0.1")],
+        "hard_nt_xent": [
+            ((x, x), {"tau_plus": -0.1}, r"tau_plus must be in \[0, 1\), got -0.1"),
+            ((x, x), {"beta": 1e39}, r"beta must be in \[0, 1e\+30\), got 1e\+39"),
+        ],
         "mises_fisher_weights": [
             ((x, x, 0), {}, "sigma must be finite and not zero in torch.float32, got 0"),
             ((x, x, "0.5"), {}, "sigma must be a float or a tensor, got str"),

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
+_MAX_BETA = 1e30  # beyond it, a temperature divided by it may vanish in float32
+
 
 @overload
 def nt_xent(
@@ -217,7 +219,7 @@ def hard_nt_xent(
 
     Args:
         z0, z1, temperature, normalize, reduction, backend, group, exchange: as for `nt_xent`.
-        beta: how strongly a negative's logit raises its own weight; >= 0.
+        beta: how strongly a negative's logit raises its own weight; in [0, 1e30).
         tau_plus: the share of negatives that are expected to be of the row's own class; in [0, 1).
 
     Returns:
@@ -233,7 +235,7 @@ def hard_nt_xent(
     """
     name = "hard_nt_xent"
     arguments.check_pair(name, "z0", z0, "z1", z1)
-    arguments.check_fraction(name, "beta", beta, below=math.inf)
+    arguments.check_fraction(name, "beta", beta, below=_MAX_BETA)
     arguments.check_fraction(name, "tau_plus", tau_plus)
     arguments.check_flags(name, normalize=normalize)
     arguments.check_reduction(name, reduction)
