@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 import measure
 import pytest
 import torch
 from memory import allocated_memory, peak_memory
+from pytest_benchmark.utils import safe_dumps
 from rates import rates, roofline
 from runs import Run, chosen
 from settings import Settings
@@ -16,6 +19,7 @@ from timing import Race, graphed
 
 import sslkernels
 from sslkernels import _library, info
+from sslkernels._files import replacing
 from sslkernels.bench import PEERS
 
 
@@ -38,7 +42,35 @@ def pytest_collection_modifyitems(config, items):
     option = config.getoption
     runs = {item: item.callspec.params["run"] for item in items}
     kept = chosen(runs.values(), option("--op"), option("--quick"), option("--curves"))
+    config.hook.pytest_deselected(items=[item for item in items if runs[item] not in kept])
     items[:] = [item for item in items if runs[item] in kept]
+
+
+@pytest.fixture(scope="session")
+def save(request):
+    """Writes the results so far, as pytest-benchmark does at the end: a run may be stopped at any time."""
+    config, session = request.config, request.config._benchmarksession  # which has no public name
+    machine = functools.cache(session.get_machine_info)
+    commit = functools.cache(functools.partial(config.hook.pytest_benchmark_generate_commit_info, config=config))
+
+    def save() -> None:
+        if not session.json or not session.benchmarks:
+            return
+        found = config.hook.pytest_benchmark_generate_json(
+            config=config, benchmarks=session.benchmarks, include_data=True,
+            machine_info=machine(), commit_info=commit(),
+        )  # fmt: skip
+        with replacing(Path(session.json)) as file:
+            file.write(safe_dumps(found).encode())
+
+    return save
+
+
+@pytest.fixture(autouse=True)
+def saved(save):
+    """Every race leaves its results, whatever becomes of the next."""
+    yield
+    save()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -80,7 +80,7 @@ def _extra(call: Callable[[], object]) -> float | None:
         return None
     before = _resident("VmRSS")
     kept = call()
-    extra = (_resident("VmHWM") - before) / 1024
+    extra = max(0, _resident("VmHWM") - before) / 1024  # the kernel counts pages in bunches
     del kept
     return extra
 

@@ -31,8 +31,15 @@ def draw(found: list[dict], path: Path) -> None:
         figure.text(
             0.02, 1 - 0.2 / height, "How many times faster ours is", fontsize=12, fontweight="bold", va="center"
         )
-        figure.text(0.02, 1 - 0.42 / height, "in brackets: memory on top of the inputs", color=FAINT, va="center")
+        figure.text(0.02, 1 - 0.42 / height, _legend(races), color=FAINT, va="center")
         save(figure, path)
+
+
+def _legend(races: list[dict]) -> str:
+    legend = "in brackets: memory on top of the inputs"
+    if any(not entry["samples"] for race in races for entry in race["contenders"].values()):
+        legend += "; hatched: disturbed by other processes"
+    return legend
 
 
 def shown(found: list[dict]) -> list[dict]:
@@ -73,8 +80,11 @@ def _bars(axes, races: list[dict]) -> None:
         for name, ratio in ratios(race).items():
             y -= ROW
             color = colors.get(name, PEER)
-            axes.barh(y + ROW / 2, ratio - 1, left=1, height=0.55 * ROW, color=color)
-            label = f"{name} {ratio:.3g}×{_memory(race['contenders'][f'{name} fp32'])}"
+            entry = race["contenders"][f"{name} fp32"]
+            doubtful = not (entry["samples"] and ours["samples"])
+            fill = {"facecolor": PAPER, "edgecolor": color, "hatch": "////"} if doubtful else {"color": color}
+            axes.barh(y + ROW / 2, ratio - 1, left=1, height=0.55 * ROW, **fill)
+            label = f"{name} {ratio:.3g}×{_memory(entry)}"
             axes.annotate(label, (max(ratio, 1), y + ROW / 2), (4, 0), color=color, **beside)
             bars.append((ratio, LETTER * len(label) + 0.06))
     axes.axvline(1, color=INK, linewidth=1)

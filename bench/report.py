@@ -39,7 +39,7 @@ def page(found: dict, drawn: dict[str, str]) -> str:
         times_table(results.of_inputs(races)),
         "## Rates of this machine\n\nMeasured in turn with the times above, medians over all races: GFLOP/s of "
         "multiply-adds on registers (fma) and of torch.mm, billions of exponentials a second, GB/s of a copy and of a "
-        "lerp_.",
+        "lerp_, which is as large as the race's input.",
         _rates(races),
         disturbances(races),
     ]
@@ -137,6 +137,7 @@ def main(arguments: list[str]) -> int:
     drawn = write(found, markdown, folder)
     for op, own in results.by_op(results.races(found)).items():
         print(f"\n{op}\n{ratios_table(own)}")
+    print(f"\n{disturbances(results.races(found))}")
     print(f"\nresults  {args.file}\npage     {markdown}")
     print("\n".join(f"figure   {path}" for path in drawn))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ PEERS = {
     "wav2vec": "",
     "videomae": "",
 }
+STOPPED = 2  # pytest's status after an interrupt
 MODULES = {"info_nce_pytorch": "info_nce"}  # where a peer's module has another name
 
 
@@ -56,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--op", action="append", choices=names, metavar="NAME", help=f"only this (repeatable): {', '.join(names)}")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    add("--peers", type=_peers, metavar="NAMES", help=f"only these, or none: {','.join(PEERS)}")
+    add("--peers", type=_peers, metavar="NAMES", help=f"only these, separated by commas, or none: {', '.join(PEERS)}")
     add("-k", metavar="EXPRESSION", help="only the matching races, as pytest -k")
     add("--quick", action="store_true", help="the smallest input of each op, three rounds: a first impression")
     add("--curves", action="store_true", help="also how time and memory grow with N, D, K and L; alone with -k curve")
@@ -111,13 +113,33 @@ def main(args: argparse.Namespace) -> int:
             f"not raced, since not installed: {', '.join(absent)} (pip install -e '.[bench]' brings them)", flush=True
         )
     json = Path(args.json).resolve()
-    status = subprocess.run(_command(args, json), cwd=BENCH.parent).returncode
+    before = _written(json)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the races too, which are a process of their own
+    try:
+        status = subprocess.run(_command(args, json), cwd=BENCH.parent).returncode
+    except KeyboardInterrupt:
+        status = STOPPED
+    if status == STOPPED:
+        if _written(json) == before:
+            print("sslkernels bench: stopped before a race was finished", file=sys.stderr)
+        else:
+            print("sslkernels bench: stopped; what was finished:", file=sys.stderr)
+            _report(args, json)
+        return 130
     if status == 5:
         print(f"sslkernels bench: no race matches {args.k!r}", file=sys.stderr)
         return 2
     if status:
         print(f"sslkernels bench: not all races passed, so no table was made; {json} has the others", file=sys.stderr)
         return 1
+    return _report(args, json)
+
+
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _report(args: argparse.Namespace, json: Path) -> int:
     return _script("report.py", str(json), *(["--docs", args.docs] if args.docs else []))
 
 
@@ -142,6 +164,7 @@ def _problem(args: argparse.Namespace) -> str | None:
 def _command(args: argparse.Namespace, json: Path) -> list[str]:
     names = timed_ops()
     command = [sys.executable, "-m", "pytest", str(BENCH), "-vv", "--no-header", "--benchmark-json", str(json)]
+    command += ["-o", "console_output_style=count"]
     command += ["--benchmark-quiet", f"--device={args.device}", f"--seconds={args.seconds}"]
     command += [f"--op={op}" for name in args.op or () for op in names[name]]
     flags = {

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_the_race_leaves_ratios_of_its_own_medians(quick):
         assert all(entry["samples"] + entry["disturbed"] >= 3 for entry in race["contenders"].values())
     both = next(race for race in races if race["direction"] == "forward+backward")
     ours, eager = (both["contenders"][label]["extra_mib"] for label in ("ours fp32", "eager fp32"))
-    assert ours is None or ours < 1 < eager < 100  # eager stores matrices of 512 x 512
+    assert ours is None or ours < 2 < eager < 100  # eager stores matrices of 512 x 512
 
 
 def test_a_curve_is_raced_without_what_is_slow_to_prepare(quick):
@@ -95,6 +96,21 @@ def test_figures_and_page_lie_beside_the_results(quick):
         assert Path(line[1]).is_file()
     assert printed.count("\nfigure ") == 3
     assert "`sslkernels bench --peers foreach --quick --curves`" in page
+
+
+def test_stopping_keeps_the_races_that_were_finished(tmp_path):
+    file = tmp_path / "b.json"
+    command = [sys.executable, "-m", "sslkernels", "bench", "--op=infonce", "--quick", "--peers=none"]
+    command += [f"--json={file}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if re.search(r"\[ *2/", line):  # the first has left its results
+                process.terminate()
+                break
+        printed = process.stdout.read()
+    assert process.returncode == 130 and "stopped; what was finished:" in printed, printed
+    assert 1 <= len(json.loads(file.read_text())["benchmarks"]) <= 3
+    assert file.with_suffix(".md").is_file()
 
 
 def test_the_roofline_is_the_cost_at_the_measured_rates(quick):
