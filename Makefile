@@ -23,6 +23,7 @@ help: ## list the targets
 
 demo: build ## train SimCLR on the embedded digits and print the result
 	$(VENV_PYTHON) -m sslkernels train simclr --demo
+	@echo 'Next: "source .venv/bin/activate", then "sslkernels verify" and "sslkernels bench --quick --op infonce"'
 
 test: build ## run the whole test suite
 	$(VENV_PYTHON) -m pytest -n $(JOBS) --dist loadfile
@@ -77,6 +78,7 @@ clean: ## remove what was built; .venv stays
 	@if [ -e .venv/.unfinished ] || ! $(VENV_PYTHON) -m pip --version >/dev/null 2>&1; then rm -rf .venv/bin .venv; fi
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo 'sslkernels needs Python 3.10 or later: make PYTHON=python3.12'; exit 1; }
+	@echo 'Setting up .venv: some 6 GB of packages, then a few minutes of compiling'
 	@mkdir -p .venv && touch .venv/.unfinished
 	@[ -x $(VENV_PYTHON) ] || $(PYTHON) -m venv .venv || { echo 'Debian has venv in python3-venv'; exit 1; }
 	sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr , ' ' | xargs $(PIP) install $(TORCH)

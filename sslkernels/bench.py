@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import signal
 import subprocess
 import sys
@@ -33,19 +32,16 @@ PEERS = {
     "wav2vec": "",
     "videomae": "",
 }
-STOPPED = 2  # pytest's status after an interrupt
 MODULES = {"info_nce_pytorch": "info_nce"}  # where a peer's module has another name
 
 
 def timed_ops() -> dict[str, list[str]]:
     """What ``--op`` understands, slices and public functions, with the ops of the benchmarks that it stands for."""
-    found: dict[str, list[str]] = {}
-    for name in registry.SLICES:
-        specs = importlib.import_module(f"sslkernels.ops.{name}.cases").OPS
-        timed = [spec.name for spec in specs if spec.tagged("bench")]
-        found[name] = timed
-        # an op named as its slice means itself; a function with two ways through the kernels means both
-        found |= {op: [other for other in timed if other in (op, f"{op}_queue")] for op in timed}
+    named = registry.by_name().items()
+    found = {name: timed for name, specs in named if (timed := [spec.name for spec in specs if spec.tagged("bench")])}
+    for name, timed in found.items():
+        if f"{name}_queue" in found:  # a function with two ways through the kernels means both
+            timed.append(f"{name}_queue")
     return found
 
 
@@ -114,12 +110,8 @@ def main(args: argparse.Namespace) -> int:
         )
     json = Path(args.json).resolve()
     before = _written(json)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the races too, which are a process of their own
-    try:
-        status = subprocess.run(_command(args, json), cwd=BENCH.parent).returncode
-    except KeyboardInterrupt:
-        status = STOPPED
-    if status == STOPPED:
+    status = _run(_command(args, json))
+    if status is None:
         if _written(json) == before:
             print("sslkernels bench: stopped before a race was finished", file=sys.stderr)
         else:
@@ -133,6 +125,17 @@ def main(args: argparse.Namespace) -> int:
         print(f"sslkernels bench: not all races passed, so no table was made; {json} has the others", file=sys.stderr)
         return 1
     return _report(args, json)
+
+
+def _run(command: list[str]) -> int | None:
+    """The status of the races, or None if they were stopped: what ends this process ends theirs."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return subprocess.run(command, cwd=BENCH.parent).returncode
+    except KeyboardInterrupt:
+        return None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _written(path: Path) -> int | None:

@@ -96,6 +96,12 @@ def ops() -> Iterator[OpSpec]:
         yield from importlib.import_module(f"sslkernels.ops.{name}.cases").OPS
 
 
+def by_name() -> dict[str, list[OpSpec]]:
+    """What a command line calls ops by, slices first: an op named as its slice means itself."""
+    specs = {name: list(importlib.import_module(f"sslkernels.ops.{name}.cases").OPS) for name in SLICES}
+    return specs | {spec.name: [spec] for spec in ops()}
+
+
 def curves(op: str) -> tuple[Curve, ...]:
     """The scaling curves of an op, which its slice has in ``ops/<slice>/curves.py``."""
     for name in SLICES:

@@ -1,5 +1,6 @@
 """NT-Xent: values, gradients, torch integration, laws, every shape and every error."""
 
+import math
 import os
 import subprocess
 import sys
@@ -302,10 +303,19 @@ def test_bad_input_is_one_clear_error(message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_zero_temperature_tensor_is_an_error_on_the_cpu():
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf, 1e-39])
+@pytest.mark.parametrize("op", ["nt_xent", "decoupled_nt_xent", "hard_nt_xent", "info_nce", "sup_con"])
+def test_a_temperature_tensor_is_read_on_the_cpu(op, value):
+    other = torch.zeros(4, dtype=torch.int64) if op == "sup_con" else torch.randn(4, 3)
+    with pytest.raises(ValueError, match=f"^{op}: temperature must be finite and not zero in torch.float32, got"):
+        getattr(sslkernels, op)(torch.randn(4, 3), other, temperature=torch.tensor(value, requires_grad=True))
+
+
+def test_a_zero_temperature_is_an_error_of_the_operator_too():
     require_or_skip(_library.extension, _library.extension_error)
+    z = torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="nt_xent: temperature must not be zero"):
-        sslkernels.nt_xent(torch.randn(4, 3), torch.randn(4, 3), torch.tensor(0.0))
+        torch.ops.sslkernels.nt_xent_fwd(z, z, torch.tensor(0.0), None, True, False, False, False)
 
 
 def test_shapes_on_a_device_that_is_not_here():

@@ -255,7 +255,7 @@ def unit_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def check_temperature(name: str, value: object, argument: str = "temperature") -> None:
-    """A number that is not 0, or a floating-point tensor of one element, which is not read."""
+    """A number that is not 0, or a floating-point tensor of one element, which the op reads where it can."""
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(

@@ -33,13 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of masks, the rules of torch.library, and that compiled code computes what eager code does."
     )
     parser.epilog = EPILOG
-    specs = list(registry.ops())
-    dtypes = sorted({dtype_name(dtype) for spec in specs for dtype in spec.dtypes})
+    dtypes = sorted({dtype_name(dtype) for spec in registry.ops() for dtype in spec.dtypes})
     what = parser.add_argument_group(
         "what to check (each of --op, --dtype and --device repeatable; default: everything)"
     )
     what.add_argument(
-        "--op", action="append", choices=[spec.name for spec in specs], metavar="OP", help="one of: %(choices)s"
+        "--op", action="append", choices=registry.by_name(), metavar="OP", help="a slice or an op of it: %(choices)s"
     )
     what.add_argument("--dtype", action="append", choices=dtypes, metavar="DTYPE", help="one of: %(choices)s")
     what.add_argument("--device", action="append", choices=("cpu", "cuda"), metavar="DEVICE", help="cpu or cuda")
@@ -61,7 +60,9 @@ def main(args: argparse.Namespace) -> int:
     facts = info.collect()
     print_head(facts)
     dtypes = args.dtype and [getattr(torch, name) for name in args.dtype]
-    groups, not_run = plan(args.op, dtypes, args.device, args.backend)
+    names = registry.by_name()
+    chosen = args.op and [spec.name for name in args.op for spec in names[name]]
+    groups, not_run = plan(chosen, dtypes, args.device, args.backend)
     outcome = Outcome(not_run=not_run)
     run(groups, outcome)
     print_report(outcome, args.details)

@@ -49,9 +49,9 @@ def print_report(outcome: Outcome, details: bool = False) -> None:
         print(f"FAIL  {check}{f' (and {others} more cases)' if others else ''}")
     for line in [*ran(outcome.checks), *map(describe_not_run, outcome.not_run)]:
         print(line)
-    found = "none" if outcome.passed or not outcome.failed else str(len(outcome.failed))
+    found = f"{len(outcome.failed) or 'none'} failed" if outcome.checks else "nothing could be checked"
     end = "; interrupted, the rest did not run" if outcome.interrupted else ""
-    print(f"{len(outcome.checks)} checks in {outcome.seconds:.0f} s: {found} failed{end}")
+    print(f"{len(outcome.checks)} checks in {outcome.seconds:.0f} s: {found}{end}")
 
 
 def ran(checks: Iterable[Check]) -> list[str]:

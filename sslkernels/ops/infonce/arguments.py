@@ -118,15 +118,28 @@ def scalar(op: str, argument: str, value, like: torch.Tensor, nonzero: bool = Fa
             raise ValueError(
                 f"{op}: {argument} must be on the device of the embeddings, {like.device}, got {value.device}"
             )
+        if _can_be_read(value):
+            _check_range(op, argument, value.item(), compute, nonzero)
         return Scalar(value.reshape(()).to(compute), None)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {argument} must be a float or a tensor, got {type(value).__name__}")
+    _check_range(op, argument, value, compute, nonzero)
+    return Scalar(torch.full((), value, dtype=compute, device=like.device), value)
+
+
+def _can_be_read(x: torch.Tensor) -> bool:
+    """Whether a value is at hand: on no device to wait for, in no program that is compiled, traced or transformed."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _check_range(op: str, argument: str, value: float, compute: torch.dtype, nonzero: bool) -> None:
     limits = torch.finfo(compute)
     smallest = limits.tiny if nonzero else 0.0  # of a smaller one the reciprocal may be infinite
     if not smallest <= abs(value) <= limits.max:  # math.isfinite breaks the graph
         expected = "finite and not zero" if nonzero else "finite"
         raise ValueError(f"{op}: {argument} must be {expected} in {compute}, got {reprlib.repr(value)}")
-    return Scalar(torch.full((), value, dtype=compute, device=like.device), value)
 
 
 def temperature(op: str, value, like: torch.Tensor) -> Scalar:
