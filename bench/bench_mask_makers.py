@@ -63,7 +63,8 @@ class MaskCollator:
     def __init__(self, grid: int, enc_scale=(0.85, 1.0), pred_scale=(0.15, 0.2), aspect=(0.75, 1.5), targets: int = 4):
         self.height = self.width = grid
         self.enc_scale, self.pred_scale, self.aspect = enc_scale, pred_scale, aspect
-        self.targets, self.min_keep, self.step = targets, 10, 0
+        self.targets, self.step = targets, 0
+        self.min_keep = 10 if grid >= 14 else 4  # a small grid's targets may have no more than 9
 
     def _size(self, generator, scale, aspects) -> tuple[int, int]:
         uniform = torch.rand(1, generator=generator).item()
