@@ -28,7 +28,7 @@ except ImportError as error:
 def empty_cache() -> None:
     """Give the memory that the CPU's kernels keep between calls back to the system.
 
-    What they keep is at most 64 MiB of working memory, and the memory of large results (above 32 MiB) that nobody holds
+    What they keep is at most 64 MiB of working memory, and the memory of large results (above 4 MiB) that nobody holds
     any longer, up to 512 MiB: fresh memory takes longer to clear than a result takes to write. The system takes the
     latter by itself when it is short of memory, though it counts as the process's until then. `torch.cuda.empty_cache`
     is its counterpart for GPUs, whose memory is PyTorch's.

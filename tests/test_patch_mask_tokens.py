@@ -387,7 +387,7 @@ def test_memory_is_that_of_the_results():
 
 
 def test_large_results_take_the_memory_of_earlier_ones():
-    """A result above 32 MiB has memory that nobody holds, and leaves it to the next."""
+    """A result above 4 MiB has memory that nobody holds, and leaves it to the next."""
     require_or_skip(_library.extension, _library.extension_error)
     x = torch.randn(65, 130, 1024)
     ids = torch.arange(130).expand(65, 130)

@@ -56,7 +56,7 @@ struct Workers {
 
   // For a result of so many bytes. One that no cache holds for its reader is written past them, which saves the reading
   // of what it overwrites.
-  const RowMoves& moves(int64_t bytes) const { return bytes > kLargeResult ? kernel.streamed : kernel.cached; }
+  const RowMoves& moves(int64_t bytes) const { return bytes > kStreamedResult ? kernel.streamed : kernel.cached; }
 };
 
 // The first row in which any worker found something wrong.

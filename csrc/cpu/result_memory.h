@@ -9,9 +9,10 @@
 
 namespace sslkernels {
 
-// A larger result than this is what malloc maps afresh for every call, whatever was freed before, and returns to the
-// system after it. It is written past the caches, which would not hold it for its reader.
-constexpr int64_t kLargeResult = int64_t{32} << 20;
+// A larger result than this is one that malloc may get from the system for every call, and return after it.
+constexpr int64_t kKeptResult = int64_t{4} << 20;
+// A larger one than this is written past the caches, which would not hold it for its reader.
+constexpr int64_t kStreamedResult = int64_t{32} << 20;
 
 struct ResultBlock {
   void* data = nullptr;
@@ -32,18 +33,18 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 class ResultMemory {
  public:
   static constexpr int64_t kMaxKept = int64_t{512} << 20;
-  static constexpr size_t kMaxBlocks = 8;
+  static constexpr size_t kMaxBlocks = 16;
 
   // A block of `bytes` or a little more; without data where the system has no memory.
   ResultBlock take(int64_t bytes) {
-    const int64_t pages = (bytes + kPage - 1) / kPage * kPage;
+    const int64_t rounded = (bytes + kUnit - 1) / kUnit * kUnit;
     ResultBlock found;
     if (lock()) {
       for (size_t i = count_; i-- > 0 && !found.data;)  // what was given back last is likeliest to have its pages
-        if (kept_[i].bytes >= pages && kept_[i].bytes <= pages + pages / 8) found = remove(i);
+        if (kept_[i].bytes >= rounded && kept_[i].bytes <= rounded + rounded / 8) found = remove(i);
       unlock();
     }
-    return found.data ? found : map(pages);
+    return found.data ? found : map(rounded);
   }
 
   void give(ResultBlock block) noexcept {
@@ -64,7 +65,8 @@ class ResultMemory {
   int64_t kept_bytes() const { return kept_bytes_; }
 
  private:
-  static constexpr int64_t kPage = int64_t{2} << 20;
+  static constexpr int64_t kUnit = int64_t{64} << 10;
+  static constexpr int64_t kPage = int64_t{2} << 20;  // a huge one
 
   // Whoever finds it taken does without: nobody waits, not even in a process that was forked while it was.
   bool lock() { return !busy_.test_and_set(std::memory_order_acquire); }
@@ -81,7 +83,7 @@ class ResultMemory {
   static ResultBlock map(int64_t bytes) {
     void* const memory = mmap(nullptr, bytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return {};
-    // from one huge page's beginning to another's end
+    // from the beginning of a huge page
     const int64_t before = -static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory)) & (kPage - 1);
     char* const data = static_cast<char*>(memory) + before;
     if (before > 0) munmap(memory, before);

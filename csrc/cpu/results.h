@@ -62,10 +62,10 @@ inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes,
   const ScalarType type = dtype ? *dtype : like.scalar_type();
   int64_t bytes = bytes_of_one(like, type);
   for (const int64_t size : sizes) bytes *= size;
-  if (bytes > kLargeResult && from_blob_lookup())
+  if (bytes > kKeptResult && from_blob_lookup())
     if (const ResultBlock block = result_memory().take(bytes); block.data) return tensor_of(block, sizes, type);
   Tensor result = torch::stable::new_empty(like, sizes, type);
-  if (bytes > kLargeResult) prefer_huge_pages(result.mutable_data_ptr(), bytes);
+  if (bytes > kKeptResult) prefer_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
 }
 
