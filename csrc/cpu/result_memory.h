@@ -41,10 +41,15 @@ class ResultMemory {
     ResultBlock found;
     if (lock()) {
       for (size_t i = count_; i-- > 0 && !found.data;)  // what was given back last is likeliest to have its pages
-        if (kept_[i].bytes >= rounded && kept_[i].bytes <= rounded + rounded / 8) found = remove(i);
+        if (kept_[i].bytes >= rounded && kept_[i].bytes <= rounded + rounded / 16) found = remove(i);
       unlock();
     }
-    return found.data ? found : map(rounded);
+    if (!found.data) found = map(rounded);
+    if (!found.data) {  // what is kept may be what is missing
+      empty();
+      found = map(rounded);
+    }
+    return found;
   }
 
   void give(ResultBlock block) noexcept {

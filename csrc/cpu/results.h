@@ -61,11 +61,13 @@ inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes,
                          std::optional<ScalarType> dtype = std::nullopt) {
   const ScalarType type = dtype ? *dtype : like.scalar_type();
   int64_t bytes = bytes_of_one(like, type);
-  for (const int64_t size : sizes) bytes *= size;
-  if (bytes > kKeptResult && from_blob_lookup())
+  bool counted = true;  // what no int64 can count is torch's error
+  for (const int64_t size : sizes) counted = counted && !__builtin_mul_overflow(bytes, size, &bytes);
+  const bool kept = counted && bytes > kKeptResult;
+  if (kept && from_blob_lookup())
     if (const ResultBlock block = result_memory().take(bytes); block.data) return tensor_of(block, sizes, type);
   Tensor result = torch::stable::new_empty(like, sizes, type);
-  if (bytes > kKeptResult) prefer_huge_pages(result.mutable_data_ptr(), bytes);
+  if (kept) prefer_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
 }
 
