@@ -20,8 +20,11 @@ MARKS = (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000, 10000)
 PEER, COMPILED = OTHERS[0], OTHERS[1]
 
 
-def draw(found: list[dict], path: Path) -> None:
+def draw(found: list[dict], path: Path) -> bool:
+    """Whether there was anything to draw: a run that was stopped may have no whole step."""
     races = shown(found)
+    if not races:
+        return False
     rows = [(race, name) for race in races for name in ratios(race)]
     height = TOP + BOTTOM + ROW * len(rows) + GAP * len(races)
     with pyplot.rc_context(STYLE):
@@ -33,6 +36,7 @@ def draw(found: list[dict], path: Path) -> None:
         )
         figure.text(0.02, 1 - 0.42 / height, _legend(races), color=FAINT, va="center")
         save(figure, path)
+    return True
 
 
 def _legend(races: list[dict]) -> str:

@@ -110,8 +110,9 @@ def write(found: dict, markdown: Path, folder: Path) -> list[Path]:
     """The figures and then the page that shows them; which figures."""
     folder.mkdir(exist_ok=True)
     races, address = results.races(found), folder.relative_to(markdown.parent).as_posix()
-    drawn = {"overview": f"{address}/overview.svg"}
-    overview.draw(races, folder / "overview.svg")
+    drawn = {}
+    if overview.draw(races, folder / "overview.svg"):
+        drawn["overview"] = f"{address}/overview.svg"
     for op, own in results.by_op(races).items():
         if figures.draw(op, own, folder / f"{op}.svg"):
             drawn[op] = f"{address}/{op}.svg"

@@ -42,16 +42,21 @@ MODULES = [importlib.import_module(path.stem) for path in sorted((ROOT / "bench"
 RUNS = [run for module in MODULES for run in module.RUNS]
 
 
+def own_environment() -> dict[str, str]:
+    """Of a process that a person starts: nothing of this pytest, which pytest-benchmark would take for its own."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    return {**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """Results of quick races, the page of them and what was printed, from a process of its own as a person runs it."""
     pytest.importorskip("pytest_benchmark")
     pytest.importorskip("matplotlib")
     file = tmp_path_factory.mktemp("bench") / "results.json"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     ran = subprocess.run(
         [sys.executable, "-m", "sslkernels", "bench", *QUICK, "--json", str(file)],
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=own_environment(),
         capture_output=True,
         text=True,
     )
@@ -102,12 +107,15 @@ def test_stopping_keeps_the_races_that_were_finished(tmp_path):
     file = tmp_path / "b.json"
     command = [sys.executable, "-m", "sslkernels", "bench", "--op=infonce", "--quick", "--peers=none"]
     command += [f"--json={file}"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=own_environment(), **streams) as process:
+        printed = ""
         for line in process.stdout:
+            printed += line
             if re.search(r"\[ *2/", line):  # the first has left its results
                 process.terminate()
                 break
-        printed = process.stdout.read()
+        printed += process.stdout.read()
     assert process.returncode == 130 and "stopped; what was finished:" in printed, printed
     assert 1 <= len(json.loads(file.read_text())["benchmarks"]) <= 3
     assert file.with_suffix(".md").is_file()
