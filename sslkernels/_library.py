@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 extension: ModuleType | None
 try:
@@ -143,43 +139,3 @@ def check_strided(op: str, argument: str, x: torch.Tensor) -> None:
     if x.layout != torch.strided or x.is_nested:
         layout = "a nested tensor" if x.is_nested else x.layout
         raise TypeError(f"{op}: {argument} must be a strided tensor, got {layout}")
-
-
-def operator(torch_op: str, op: str) -> Callable:
-    """The operator of that name, but for tangents an error that names ``op``: operators drop them without a word."""
-    call = getattr(torch.ops.sslkernels, torch_op)
-
-    @functools.wraps(call, assigned=(), updated=())
-    def checked(*args: Any) -> Any:
-        # the level costs nothing to ask for, and is negative wherever nothing is differentiated forward
-        if forward_ad._current_level >= 0 and any(isinstance(x, torch.Tensor) and _has_tangent(x) for x in args):
-            raise RuntimeError(f"{op}: forward-mode differentiation is not supported; use backend='reference'")
-        return call(*args)
-
-    return checked
-
-
-def refuse_double_backward(torch_op: str, op: str) -> None:
-    """Makes the gradient of a backward operator an error that names ``op``."""
-
-    def refuse(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(f"{op}: double backward is not supported; use backend='reference' to differentiate twice")
-
-    torch.library.register_autograd(f"sslkernels::{torch_op}", refuse)
-
-
-def _has_tangent(x: torch.Tensor) -> bool:
-    """Also in an outer transform of `torch.func`, each of which has a wrapper of its own around the tensor."""
-    from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
-
-    functorch = torch._C._functorch
-    transform = functorch.peek_interpreter_stack()
-    may_have = transform is None or transform.key() == functorch.TransformType.Jvp
-    if may_have and forward_ad.unpack_dual(x).tangent is not None:
-        return True
-    if transform is None:
-        return False
-    if functorch.maybe_get_level(x) == transform.level():
-        x = functorch.get_unwrapped(x)
-    with temporarily_pop_interpreter_stack():
-        return _has_tangent(x)

@@ -88,6 +88,23 @@ CPP = (
         "load(sums) + (c[r][0] + c[r][1])", "mutant::bf16(load(sums) + (c[r][0] + c[r][1]))",
     ),
     Mutation(
+        "cpp", "info_nce", NORM, "rows keep their length", "csrc/cpu/unit_rows_kernel.h",
+        "1 / (clamped ? kNormalizeEps : length)", "1.0",
+    ),
+    Mutation(
+        "cpp", "info_nce", SIGN, "of what lies along a row in its gradient", "csrc/cpu/unit_rows_kernel.h",
+        "(total - x[d] * radial)", "(total + x[d] * radial)",
+    ),
+    Mutation(
+        "cpp", "info_nce", TAIL, "columns beyond a multiple of 8 are left out of inner products",
+        "csrc/cpu/unit_rows_kernel.h", "a[d] * b[d];", "0.0;",
+    ),
+    Mutation(
+        "cpp", "info_nce", BF16, "the logit of the positive", "csrc/cpu/unit_rows_kernel.h",
+        "dot(x.values, y.values, dim) * x.factor * y.factor",
+        "mutant::bf16(dot(x.values, y.values, dim) * x.factor * y.factor)", quick=True,
+    ),
+    Mutation(
         "cpp", "ema_update_", SIGN, "away from the student", "csrc/cpu/ema_kernel.h",
         "fma(factor, end - start, from_end ? end : start)", "fma(-factor, end - start, from_end ? end : start)",
     ),

@@ -1,4 +1,7 @@
-"""Forward-mode differentiation is refused rather than lost, and `torch.vmap` meets what it asks for, for every op."""
+"""Forward-mode differentiation is refused rather than lost, and `torch.vmap` meets what it asks for, for every op.
+
+Eager calls take a shorter way to an operator's gradient than anything that compiles, traces or transforms.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import jacfwd, jvp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkernels import block_mask, masked_patch_loss, nt_xent, patch_mask, random_masking, registry
 
@@ -37,6 +41,44 @@ def test_a_tangent_is_an_error_and_none_gets_lost(spec):
             assert re.match(REFUSED, str(error))
             refused += 1
     assert refused
+
+
+class Watcher(TorchDispatchMode):
+    """Sees every operator, and does nothing about it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def nodes(result):
+    """The names of what leads to the gradient of a result."""
+    seen, left = {}, [result.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen[node] = node.name()
+            left += [following for following, _ in node.next_functions]
+    return set(seen.values())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_the_short_way_of_eager_calls_gives_the_bits_of_the_long_one(spec):
+    def run():
+        arguments = spec.tagged("verify")[0].make("cpu", torch.float32)
+        leaves = [arguments[name].requires_grad_() for name in spec.grad_args
+                  if isinstance(arguments[name], torch.Tensor) and arguments[name].is_floating_point()]  # fmt: skip
+        results = spec.function(**arguments)
+        loss = results if isinstance(results, torch.Tensor) else results[0]
+        return loss, torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+
+    short, short_grads = run()
+    with Watcher():
+        long, long_grads = run()
+    assert torch.equal(short, long)
+    assert all(map(torch.equal, short_grads, long_grads))
+    operators = {f"{name}Backward" for name in (*spec.torch_ops, *spec.other_ops)}
+    assert operators & nodes(short)
+    assert not operators & nodes(long)
 
 
 def loss(z):

@@ -1,6 +1,8 @@
-"""Rows at unit length and the products of pairs: the operator's definition, and its Triton kernels on the CPU."""
+"""Rows at unit length and the products of pairs: the operator's definition, its C++, and its Triton kernels."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sslkernels.ops.infonce import unit_rows_op
 from sslkernels.ops.infonce.reference import NORMALIZE_EPS
 
 GIVEN = [(True, True, True), (False, True, False), (False, False, True), (True, False, True), (True, False, False)]
+KERNELS = [*TARGETS, "cpp"]  # on a machine without the extension the definition takes the place of C++
 SHAPES = [(5, 3), (33, 130), (1, 1), (17, 64)]
 
 
@@ -19,6 +22,11 @@ def rows(count, dim, dtype=torch.float32, *, seed=0):
     for index, factor in enumerate((0, NORMALIZE_EPS / 10 / dim, 1e18)[: count - 1]):
         x[index] *= factor
     return x.to(dtype)
+
+
+def kernels(target):
+    """Triton's, interpreted for a target, or those of the CPU."""
+    return contextlib.nullcontext() if target == "cpp" else interpret(target, order_seed=1)
 
 
 def gradients(given, count, dim):
@@ -41,10 +49,10 @@ def assert_close(actual, exact):
 
 @pytest.mark.parametrize("paired", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", KERNELS)
 def test_kernels_agree_with_the_definition(target, shape, paired):
     x, y = rows(*shape), rows(*shape, seed=1).T.contiguous().T if paired else None
-    with interpret(target, order_seed=1):
+    with kernels(target):
         actual = torch.ops.sslkernels.unit_rows_fwd(x, y)
     for one, exact in zip(actual[:2], unit_rows_op.definition_fwd(*doubled(x, y))[:2], strict=True):
         assert_close(one, exact)
@@ -56,9 +64,10 @@ def test_kernels_agree_with_the_definition(target, shape, paired):
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_the_kernels(dtype, shape, given):
-    x, y, grads = rows(*shape, dtype), rows(*shape, seed=1), gradients(given, *shape)
-    with interpret(order_seed=1):
+@pytest.mark.parametrize("target", [KERNELS[0], "cpp"])
+def test_gradients_of_the_kernels(target, dtype, shape, given):
+    x, y, grads = rows(*shape, dtype), rows(*shape, seed=1).T.contiguous().T, gradients(given, *shape)
+    with kernels(target):
         actual = torch.ops.sslkernels.unit_rows_bwd(*grads, x, y)
     exact = unit_rows_op.definition_bwd(*doubled(*grads, x, y))
     for side, (one, two) in enumerate(zip(actual, exact, strict=True)):

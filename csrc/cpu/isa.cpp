@@ -12,6 +12,7 @@ namespace sslkernels {
   EmaKernel ema_kernel();                    \
   PatchLossKernel patch_loss_kernel();       \
   PatchMaskKernel patch_mask_kernel();       \
+  UnitRowsKernel unit_rows_kernel();         \
   Peak peak();                               \
   }
 SSLK_DECLARE(baseline)
@@ -24,7 +25,7 @@ namespace {
 
 #define SSLK_KERNELS(isa)                                                                                           \
   #isa, isa::nt_xent_kernel, isa::contrast_kernel, isa::ema_kernel, isa::patch_loss_kernel, isa::patch_mask_kernel, \
-      isa::peak
+      isa::unit_rows_kernel, isa::peak
 
 std::vector<Isa> list() {
   std::vector<Isa> isas = {{SSLK_KERNELS(baseline), [] { return true; }}};

@@ -8,6 +8,7 @@
 #include "infonce.h"
 #include "patch_loss.h"
 #include "patch_mask.h"
+#include "unit_rows.h"
 
 namespace sslkernels {
 
@@ -24,6 +25,7 @@ struct Isa {
   EmaKernel (*ema)();
   PatchLossKernel (*patch_loss)();
   PatchMaskKernel (*patch_mask)();
+  UnitRowsKernel (*unit_rows)();
   Peak (*peak)();
   bool (*supported)();
   // Whether it is worth choosing where it runs; null: always.

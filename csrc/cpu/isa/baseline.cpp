@@ -6,3 +6,4 @@
 #include "../patch_loss_kernel.h"
 #include "../patch_mask_kernel.h"
 #include "../peak.h"
+#include "../unit_rows_kernel.h"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 import torch
 
 from sslkernels._library import check_backend, check_flags, check_strided  # noqa: F401  for the losses too
+from sslkernels._operators import is_eager
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -120,7 +121,7 @@ def scalar(op: str, argument: str, value, like: torch.Tensor, nonzero: bool = Fa
             )
         if _can_be_read(value):
             _check_range(op, argument, value.item(), compute, nonzero)
-        return Scalar(value.reshape(()).to(compute), None)
+        return Scalar((value.reshape(()) if value.dim() else value).to(compute), None)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {argument} must be a float or a tensor, got {type(value).__name__}")
     _check_range(op, argument, value, compute, nonzero)
@@ -129,9 +130,7 @@ def scalar(op: str, argument: str, value, like: torch.Tensor, nonzero: bool = Fa
 
 def _can_be_read(x: torch.Tensor) -> bool:
     """Whether a value is at hand: on no device to wait for, in no program that is compiled, traced or transformed."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or type(x) not in (torch.Tensor, torch.nn.Parameter):
-        return False
-    return not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
+    return x.device.type == "cpu" and is_eager(x)
 
 
 def _check_range(op: str, argument: str, value: float, compute: torch.dtype, nonzero: bool) -> None:

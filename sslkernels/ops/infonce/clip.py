@@ -141,7 +141,8 @@ def clip_loss(
         key_ids=key_ids, unit=normalize, scale_value=factor.value, columns=True, peaks=return_stats, matmul=matmul,
         backend=backend,
     )  # fmt: skip
-    directions = torch.stack([found.rows[:pairs], found.columns[:pairs]])  # at once: a launch costs more than the rows
+    both = (side if len(side) == pairs else side[:pairs] for side in (found.rows, found.columns))
+    directions = torch.stack(tuple(both))  # at once: a launch costs more than the rows
     rows = core.row_losses(directions, positive).mean(dim=0)
     if label_smoothing:
         mean = _mean_products(images, texts, pairs, peers).double() * scale.double()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from sslkernels import _library
+from sslkernels import _library, _operators
 from sslkernels.ops.infonce import contrast_reference as reference
 
 # Logits l_ij = scale * <query_i, key_j>; query (N, D) and scale () in fp32, or fp64 on the default kernel. key (M, D)
@@ -69,7 +69,7 @@ torch.library.define(
 )
 torch.library.impl(f"sslkernels::{ATTRACTED}", "default", reference.contrast_attracted_bwd)
 
-_operators = {name: _library.operator(name, "sslkernels") for name in (*SCHEMAS, *COMPILED.values())}
+_calls = {name: _operators.operator(name, "sslkernels") for name in (*SCHEMAS, *COMPILED.values(), ATTRACTED)}
 
 
 def _contrast_fwd_fake(
@@ -120,7 +120,7 @@ def _contrast_backward(backward, ctx, grad_rows, grad_columns, *_):
         query = ctx.saved_tensors[0]
         grad_rows = query.new_zeros(query.shape[0], dtype=torch.float64)
     if ctx.attract:  # the forward has formed it: no logit is needed again
-        grad_query, grad_scale = torch.ops.sslkernels.contrast_attracted_bwd(grad_rows, *ctx.saved_tensors)
+        grad_query, grad_scale = _calls[ATTRACTED](grad_rows, *ctx.saved_tensors)
         grads = grad_query, None, grad_scale
     else:
         query, key, scale, skip, query_ids, key_ids, lse_rows, lse_columns = ctx.saved_tensors
@@ -158,22 +158,20 @@ def _register(contrast_fwd: str, contrast_bwd: str, sigmoid_fwd: str, sigmoid_bw
         (contrast_fwd, contrast_bwd, _contrast_backward, _save_contrast),
         (sigmoid_fwd, sigmoid_bwd, _sigmoid_backward, _save_sigmoid),
     ):
-        partner = _operators[backward]
-        torch.library.register_autograd(
-            f"sslkernels::{forward}", functools.partial(gradients, partner), setup_context=save
-        )
-        _library.refuse_double_backward(backward, "sslkernels")
+        partner = _calls[backward]
+        _operators.register_autograd(forward, functools.partial(gradients, partner), save=save)
+        _operators.refuse_double_backward(backward, "sslkernels")
 
 
 torch.library.register_fake(f"sslkernels::{ATTRACTED}", _contrast_attracted_bwd_fake)
-_library.refuse_double_backward(ATTRACTED, "sslkernels")
+_operators.refuse_double_backward(ATTRACTED, "sslkernels")
 _register(*SCHEMAS)
 _register(*COMPILED.values())
 
 
 def operator(name: str, backend: str | None):
     """The operator to call for ``backend``: "cuda" has its own, all others are those of the device."""
-    return _operators[COMPILED[name] if backend == "cuda" else name]
+    return _calls[COMPILED[name] if backend == "cuda" else name]
 
 
 def _serve_cuda(name: str, owner: str) -> None:

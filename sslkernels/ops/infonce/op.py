@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sslkernels import _library
+from sslkernels import _library, _operators
 from sslkernels.ops.infonce import reference
 
 # loss, positive: (2N,) in the dtype of temperature (fp32, or fp64 for fp64 inputs); top1_hit: (2N,) bool, or (0,)
@@ -27,7 +27,7 @@ torch.library.define(
     tags=torch.Tag.pt2_compliant_tag,
 )
 
-nt_xent_fwd, _nt_xent_bwd = (_library.operator(name, "nt_xent") for name in ("nt_xent_fwd", "nt_xent_bwd"))
+nt_xent_fwd, _nt_xent_bwd = (_operators.operator(name, "nt_xent") for name in ("nt_xent_fwd", "nt_xent_bwd"))
 
 torch.library.impl("sslkernels::nt_xent_fwd", "default", reference.nt_xent_fwd)
 torch.library.impl("sslkernels::nt_xent_bwd", "default", reference.nt_xent_bwd)
@@ -59,8 +59,8 @@ def _backward(ctx, grad_loss, *_):
     return *grads, None, None, None, None, None
 
 
-torch.library.register_autograd("sslkernels::nt_xent_fwd", _backward, setup_context=_save)
-_library.refuse_double_backward("nt_xent_bwd", "nt_xent")
+_operators.register_autograd("nt_xent_fwd", _backward, save=_save)
+_operators.refuse_double_backward("nt_xent_bwd", "nt_xent")
 
 if _library.claim_cuda("nt_xent_fwd") == "triton":
 

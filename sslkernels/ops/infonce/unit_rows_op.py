@@ -1,7 +1,7 @@
-"""Rows divided by their lengths and the products of pairs of them, as one operator with Triton kernels under CUDA.
+"""Rows divided by their lengths and the products of pairs of them, as one operator with C++ and Triton kernels.
 
-Plain PyTorch takes a dozen launches for it and thirty for its gradient, which on a GPU cost the host more than all the
-rest of a loss of a few hundred rows. Elsewhere the losses call plain PyTorch.
+Plain PyTorch takes a dozen calls for it and thirty for its gradient, which cost the host more than all the rest of a
+loss of a few hundred rows. Where there is no kernel the losses call plain PyTorch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from sslkernels import _library
+from sslkernels import _library, _operators
 from sslkernels.ops.infonce.reference import NORMALIZE_EPS
 
 # x (N, D), and y (N, D) or None, of any floating-point dtype. x_rows, y_rows: the rows divided by max(length, 1e-12);
@@ -59,7 +59,7 @@ for _name, _schema in SCHEMAS.items():
 torch.library.impl("sslkernels::unit_rows_fwd", "default", definition_fwd)
 torch.library.impl("sslkernels::unit_rows_bwd", "default", definition_bwd)
 
-unit_rows_fwd, _unit_rows_bwd = (_library.operator(name, "sslkernels") for name in SCHEMAS)
+unit_rows_fwd, _unit_rows_bwd = (_operators.operator(name, "sslkernels") for name in SCHEMAS)
 
 
 @torch.library.register_fake("sslkernels::unit_rows_fwd")
@@ -85,8 +85,8 @@ def _backward(ctx, *grads):
     return grad_x, None if y is None else grad_y
 
 
-torch.library.register_autograd("sslkernels::unit_rows_fwd", _backward, setup_context=_save)
-_library.refuse_double_backward("unit_rows_bwd", "sslkernels")
+_operators.register_autograd("unit_rows_fwd", _backward, save=_save)
+_operators.refuse_double_backward("unit_rows_bwd", "sslkernels")
 
 _owners = [_library.claim_cuda(name) for name in SCHEMAS]
 if _owners[0] == "triton":
@@ -106,7 +106,11 @@ if _owners[0] == "triton":
 
 def serves(x: torch.Tensor, backend: str | None) -> bool:
     """Whether there are kernels for such rows."""
-    return _on_gpu(x) and _owners[0] == "triton" and backend in (None, "triton") and x.dtype != torch.float64
+    if x.dtype == torch.float64:
+        return False
+    if _on_gpu(x):
+        return _owners[0] == "triton" and backend in (None, "triton")
+    return x.device.type == "cpu" and _library.extension is not None and backend in (None, "cpp")
 
 
 def _on_gpu(x: torch.Tensor) -> bool:

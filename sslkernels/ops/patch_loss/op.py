@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from sslkernels import _library
+from sslkernels import _library, _operators
 from sslkernels.ops.patch_loss import reference
 
 NAME = "masked_patch_loss"
@@ -99,14 +99,14 @@ def _define(fwd: str, bwd: str) -> None:
     for name, schema, fake in zip((fwd, bwd), SCHEMAS.values(), fakes, strict=True):
         torch.library.define(f"sslkernels::{name}", schema, tags=torch.Tag.pt2_compliant_tag)
         torch.library.register_fake(f"sslkernels::{name}", fake)
-    gradient = functools.partial(_backward, _library.operator(bwd, NAME))
-    torch.library.register_autograd(f"sslkernels::{fwd}", gradient, setup_context=_save)
-    torch.library.register_autograd(f"sslkernels::{bwd}", _backward_bwd, setup_context=_save_bwd)
+    gradient = functools.partial(_backward, _operators.operator(bwd, NAME))
+    _operators.register_autograd(fwd, gradient, save=_save)
+    _operators.register_autograd(bwd, _backward_bwd, save=_save_bwd)
 
 
 _define(*SCHEMAS)
 _define(*TRITON.values())
-_forward = {name: _library.operator(name, NAME) for name in ("patch_loss_fwd", TRITON["patch_loss_fwd"])}
+_forward = {name: _operators.operator(name, NAME) for name in ("patch_loss_fwd", TRITON["patch_loss_fwd"])}
 
 
 def _serve_cuda(name: str, kernel: str) -> None:

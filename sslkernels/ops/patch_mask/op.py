@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from sslkernels import _library
+from sslkernels import _library, _operators
 from sslkernels.ops.patch_mask import reference
 
 # x (N, P + L, D): P = num_prefix tokens that always stay, then the L that ids, scores and masks count.
@@ -232,13 +232,11 @@ class _Family:
     def __init__(self, names: dict[str, str]):
         for name, operator in names.items():
             op = name.replace("gather_patches", "masked_patch_embed").removesuffix("_fwd").removesuffix("_bwd")
-            setattr(self, name, _library.operator(operator, op))
+            setattr(self, name, _operators.operator(operator, op))
             torch.library.register_fake(f"sslkernels::{operator}", globals()[f"_{name}_fake"])
             if name in GRADIENTS:
                 save, backward = GRADIENTS[name]
-                torch.library.register_autograd(
-                    f"sslkernels::{operator}", functools.partial(backward, self), setup_context=save
-                )
+                _operators.register_autograd(operator, functools.partial(backward, self), save=save)
 
 
 _plain, _triton = _Family({name: name for name in SCHEMAS}), _Family(TRITON)
