@@ -288,7 +288,7 @@ class CudaOnCpu(Command):
         headers = [
             word for path in (pybind11.get_include(), sysconfig.get_path("include")) for word in ("-isystem", path)
         ]
-        compiler = [*cuda_on_cpu_compiler(cxx), "-O1", "-g1", "-fPIC", "-fvisibility=hidden", *headers]
+        compiler = [*cuda_on_cpu_compiler(cxx), "-Og", "-g1", "-fPIC", "-fvisibility=hidden", *headers]
         rules = {"cxx": compile_rule(compiler), "link": link_rule([*cxx, "-shared"], [])}
         ninja = NinjaBuild(BUILD / "cuda_on_cpu", rules)
         # checked, but without UBSan's runtime: ubsan_handlers.cpp turns a violation into an exception

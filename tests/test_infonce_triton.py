@@ -96,7 +96,10 @@ def test_16_bits_are_as_exact_as_eager(name, target, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spec", [DECOUPLED, HARD], ids=lambda spec: spec.name)
 def test_decoupled_and_hard_negatives_are_as_exact_as_eager(spec, dtype):
-    for case, target in zip(spec.tagged("edge"), cycle(TARGETS), strict=False):
+    edges = spec.tagged("edge")
+    if dtype != torch.float32:  # whose tiles those of nt_xent itself try on every edge
+        edges = edges[::3]
+    for case, target in zip(edges, cycle(TARGETS), strict=False):
         with interpret(target, order_seed=0):
             assert_op_close(spec, case, dtype)
 
