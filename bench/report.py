@@ -12,9 +12,10 @@ from pathlib import Path
 import figures
 import overview
 import results
-from tables import HOW_TO_READ, curve_table, disturbances, ratios_table, table, times_table
+from tables import HOW_TO_READ, curve_table, disturbances, ratios, ratios_table, table, times_table
 
 from sslkernels._files import replacing
+from sslkernels._table import aligned
 
 INSTRUCTIONS = {"avx512": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16"}  # by name of the kernels made for them
 
@@ -137,7 +138,9 @@ def main(arguments: list[str]) -> int:
         markdown, folder = args.file.with_suffix(".md"), args.file.with_name(f"{args.file.stem}-figures")
     drawn = write(found, markdown, folder)
     for op, own in results.by_op(results.races(found)).items():
-        print(f"\n{op}\n{ratios_table(own)}")
+        columns, rows = ratios(own)
+        if rows:
+            print(f"\n{op}\n{aligned(columns, rows)}")
     print(f"\n{disturbances(results.races(found))}")
     print(f"\nresults  {args.file}\npage     {markdown}")
     print("\n".join(f"figure   {path}" for path in drawn))

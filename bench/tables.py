@@ -33,9 +33,13 @@ def number(value: float | None, form: str) -> str:
 
 def ratios_table(races: list[dict]) -> str:
     """The inputs of an op and their ratios, which ops that move memory name themselves."""
+    columns, rows = ratios(races)
+    return table(columns, rows) if rows else ""
+
+
+def ratios(races: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """The columns and rows of `ratios_table`; no rows where only curves were raced."""
     races = results.of_inputs(races)
-    if not races:
-        return ""
     if any(race["roofline"] for race in races):
         return _arithmetic(races)
     names = list(dict.fromkeys(name for race in races for name in race["ratios"]))
@@ -46,10 +50,10 @@ def ratios_table(races: list[dict]) -> str:
         ours = race["contenders"]["ours fp32"]
         rows.append([race["case"], significant(1e3 * ours["median"]), *ratios, number(ours.get("extra_mib"), "{:.1f}")])
     titles = [name.replace("over ", "× ").replace("bandwidth ", "of bandwidth, ") for name in names]
-    return table(["case", "ours ms", *titles, "ours MiB"], rows)
+    return ["case", "ours ms", *titles, "ours MiB"], rows
 
 
-def _arithmetic(races: list[dict]) -> str:
+def _arithmetic(races: list[dict]) -> tuple[list[str], list[list[str]]]:
     peers = dict.fromkeys(name for race in races for name in race["ratios"] if name.startswith("over "))
     titles = {f"× {name[5:-5]}": name for name in peers if name.endswith(" fp32")} | LAST
     titles = {title: name for title, name in titles.items() if any(name in race["ratios"] for race in races)}
@@ -60,7 +64,7 @@ def _arithmetic(races: list[dict]) -> str:
         ours, eager = (race["contenders"][f"{name} fp32"] for name in ("ours", "eager"))
         memory = [number(entry.get("extra_mib"), "{:.1f}") for entry in (ours, eager)]
         rows.append([race["case"], race["direction"], significant(1e3 * ours["median"]), *ratios, *memory])
-    return table(["case", "direction", "ours ms", *titles, "ours MiB", "eager MiB"], rows)
+    return ["case", "direction", "ours ms", *titles, "ours MiB", "eager MiB"], rows
 
 
 def curve_table(points: list[dict]) -> str:

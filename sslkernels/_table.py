@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table. A pipe or a file gets plain lines, a row each, whatever is installed."""
     if not (sys.stdout.isatty() and _printed_by_rich(title, columns, rows)):
-        print(f"\n{title}\n{_aligned(columns, rows)}")
+        print(f"\n{title}\n{aligned(columns, rows)}")
 
 
 def _printed_by_rich(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
@@ -33,7 +33,8 @@ def _style(cell: str) -> str:
     return "green" if cell == "ok" else "bold red" if cell.startswith("FAIL") else ""
 
 
-def _aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A line for each row, however wide: numbers that wrap as lines are read better than cells that do."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = [columns, ["-" * width for width in widths], *rows]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
