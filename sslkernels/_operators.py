@@ -1,6 +1,6 @@
 """How ops call their torch operators: with gradients, never with tangents, and the short way where nothing watches.
 
-`torch.library` gives an operator its gradient on every way to it: compiled, traced, under `torch.func`. That costs 50
+`torch.library` gives an operator its gradient on every way to it: compiled, traced, batched, under modes. That costs 50
 to 150 us a call, and plain eager calls need none of it: for them the same functions serve a `torch.autograd.Function`.
 """
 
@@ -65,11 +65,12 @@ def operator(torch_op: str, op: str) -> Callable:
 
 
 def is_eager(*args: Any) -> bool:
-    """Whether plain tensors meet no program that is compiled, traced or transformed, and no dispatch mode."""
+    """Whether plain tensors meet no program that is compiled, traced or transformed, and no mode."""
     if torch.compiler.is_compiling():
         return False
     watched = (
         torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()  # a mode that changes arguments must have its say before autograd
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )

@@ -97,7 +97,7 @@ CPP = (
     ),
     Mutation(
         "cpp", "info_nce", TAIL, "columns beyond a multiple of 8 are left out of inner products",
-        "csrc/cpu/unit_rows_kernel.h", "a[d] * b[d];", "0.0;",
+        "csrc/cpu/unit_rows_kernel.h", "sums[d % kChains] += a[d] * b[d]", "sums[d % kChains]",
     ),
     Mutation(
         "cpp", "info_nce", BF16, "the logit of the positive", "csrc/cpu/unit_rows_kernel.h",

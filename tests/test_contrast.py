@@ -54,6 +54,23 @@ def test_compiles_whole(spec, case):
     torch.testing.assert_close(compiled(**arguments), spec.function(**arguments))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("normalize", (True, False))
+def test_a_queue_traced_without_gradients_has_them_afterwards(normalize, dtype):
+    key, queue = rows(6, 10, 1), 3 * rows(9, 10, 2, dtype)
+
+    class Model(torch.nn.Module):
+        def forward(self, query):
+            return sslkernels.info_nce(query, key, queue, normalize=normalize)
+
+    with torch.no_grad():
+        program = torch.export.export(Model(), (rows(6, 10),)).module()
+    one, two = (rows(6, 10).requires_grad_() for _ in range(2))
+    program(one).backward()
+    Model()(two).backward()
+    torch.testing.assert_close(one.grad, two.grad)
+
+
 @pytest.mark.parametrize("symmetric", (False, True))
 def test_opcheck(symmetric):
     query, key = rows(9, 7).requires_grad_(), None if symmetric else rows(12, 7, 1).requires_grad_()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import jacfwd, jvp, vmap
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkernels import block_mask, masked_patch_loss, nt_xent, patch_mask, random_masking, registry
@@ -79,6 +80,20 @@ def test_the_short_way_of_eager_calls_gives_the_bits_of_the_long_one(spec):
     operators = {f"{name}Backward" for name in (*spec.torch_ops, *spec.other_ops)}
     assert operators & nodes(short)
     assert not operators & nodes(long)
+
+
+def test_what_a_function_mode_does_to_arguments_has_a_gradient():
+    class Tripled(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            ours = "sslkernels.random_masking_fwd" in str(func)
+            return func(*((3 * args[0], *args[1:]) if ours else args), **(kwargs or {}))
+
+    x = torch.ones(2, 4, 3, requires_grad=True)
+    with Tripled():
+        kept = random_masking(x, 0.5, seed=1)[0]
+    assert kept.eq(3).all()
+    (grad,) = torch.autograd.grad(kept.sum(), x)
+    assert grad.max() == 3
 
 
 def loss(z):

@@ -105,7 +105,7 @@ def _sigmoid_contrast_bwd_fake(grad_rows, query, key, scale, bias, *_):
 
 
 def _save_contrast(ctx, inputs, output):
-    query, key, scale, skip, query_ids, key_ids, _, ctx.unit, ctx.bounded, *flags = inputs
+    query, key, scale, skip, query_ids, key_ids, ctx.normalize_key, ctx.unit, ctx.bounded, *flags = inputs
     ctx.columns, ctx.attract, _, ctx.matmul = flags
     lse_rows, lse_columns, *_, attraction = output
     ctx.set_materialize_grads(False)  # zeros for every output that has no gradient cost a launch each
@@ -126,6 +126,8 @@ def _contrast_backward(backward, ctx, grad_rows, grad_columns, *_):
         query, key, scale, skip, query_ids, key_ids, lse_rows, lse_columns = ctx.saved_tensors
         if not ctx.columns or grad_columns is None:
             grad_columns = lse_columns = None
+        if key is not None:  # a queue, in a program that was traced where no gradient was wanted
+            key = reference.keys_as_used(query, key, ctx.normalize_key)
         grad_query, grad_key, grad_scale = backward(
             grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, skip, query_ids, key_ids,
             ctx.unit, ctx.bounded, ctx.matmul,

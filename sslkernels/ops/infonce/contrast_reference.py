@@ -27,10 +27,14 @@ def kept(query, key, skip, query_ids, key_ids):
 
 def similarities(query, key, normalize_key):
     """(N, M) inner products of the rows, and the keys as they enter them."""
-    key = query if key is None else key.to(query.dtype)
-    if normalize_key:
-        key = F.normalize(key, dim=1, eps=NORMALIZE_EPS)
+    key = query if key is None else keys_as_used(query, key, normalize_key)
     return query @ key.T, key
+
+
+def keys_as_used(query, key, normalize_key):
+    """In the dtype of the query, and at unit length if asked."""
+    key = key.to(query.dtype)
+    return F.normalize(key, dim=1, eps=NORMALIZE_EPS) if normalize_key else key
 
 
 def _logsumexp(logits, dim):
