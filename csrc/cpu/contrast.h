@@ -198,8 +198,8 @@ class ContrastRunner {
     const int64_t key_tiles = (job_.key.in.count + tile - 1) / tile, block = kBlockTiles * tile;
     const int64_t blocks = (query.padded_rows + block - 1) / block;
     const int64_t bytes = query.padded_rows * 4 * (job_.attract ? layout.padded_dim() : 2);
-    const int64_t wanted = std::min<int64_t>(
-        {(32 + blocks - 1) / std::max<int64_t>(blocks, 1), kLaneBytes / (bytes + 1), (key_tiles + 3) / 4});
+    const int64_t wanted = std::min<int64_t>({(32 + blocks - 1) / std::max<int64_t>(blocks, 1),
+                                              kLaneBytes / std::max<int64_t>(bytes, 1), (key_tiles + 3) / 4});
     lanes_.assign(std::max<int64_t>(wanted, 1), Side{});
     std::vector<ContrastSide> chunks(threads_, job_.key);
     workspace_.allocate([&](Workspace& w) {
