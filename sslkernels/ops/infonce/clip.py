@@ -141,8 +141,8 @@ def clip_loss(
         key_ids=key_ids, unit=normalize, scale_value=factor.value, columns=True, peaks=return_stats, matmul=matmul,
         backend=backend,
     )  # fmt: skip
-    both = (side if len(side) == pairs else side[:pairs] for side in (found.rows, found.columns))
-    directions = torch.stack(tuple(both))  # at once: a launch costs more than the rows
+    sides = [side if len(side) == pairs else side[:pairs] for side in (found.rows, found.columns)]
+    directions = torch.stack(sides)  # at once: a launch costs more than the rows
     rows = core.row_losses(directions, positive).mean(dim=0)
     if label_smoothing:
         mean = _mean_products(images, texts, pairs, peers).double() * scale.double()

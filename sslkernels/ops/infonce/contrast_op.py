@@ -126,7 +126,7 @@ def _contrast_backward(backward, ctx, grad_rows, grad_columns, *_):
         query, key, scale, skip, query_ids, key_ids, lse_rows, lse_columns = ctx.saved_tensors
         if not ctx.columns or grad_columns is None:
             grad_columns = lse_columns = None
-        if key is not None:  # a queue, in a program that was traced where no gradient was wanted
+        if key is not None:  # as it is, but for a queue in a program that was traced where no gradient was wanted
             key = reference.keys_as_used(query, key, ctx.normalize_key)
         grad_query, grad_key, grad_scale = backward(
             grad_rows, grad_columns, lse_rows, lse_columns, query, key, scale, skip, query_ids, key_ids,
