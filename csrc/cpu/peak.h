@@ -5,22 +5,18 @@
 
 namespace sslkernels::SSLK_ISA {
 
-// The accumulators of the micro-kernel, and operands that stay in registers too.
+// More chains of sums than hide the latency of one, and operands that stay in registers too.
 template <bool kBf16>
 double multiply_add_loop(int64_t iterations) {
-  constexpr int kSteps = 128;
-  Block<kVecs> c;
-  clear<kVecs>(c);
-  Vec left[kRows], right[kVecs];
-  for (int r = 0; r < kRows; r++) left[r] = broadcast(1e-3f * r);
-  for (int v = 0; v < kVecs; v++) right[v] = broadcast(1e-3f * v);
-  for (int64_t i = 0; i < iterations * kSteps; i++) {
-    SSLK_UNROLL for (int v = 0; v < kVecs; v++) opaque(right[v]);  // or the products would leave the loop
-    SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
-        multiply_add<kBf16>(c[r][v], left[r], right[v]);
+  constexpr int kSteps = 128, kChains = 12;
+  Vec chains[kChains], left = broadcast(1e-3f), right = broadcast(1e-3f);
+  SSLK_UNROLL for (int i = 0; i < kChains; i++) chains[i] = Vec{}, opaque(chains[i]);  // or they would be one
+  for (int64_t step = 0; step < iterations * kSteps; step++) {
+    opaque(right);  // or the products would leave the loop
+    SSLK_UNROLL for (int i = 0; i < kChains; i++) chains[i] = multiply_add<kBf16>(chains[i], left, right);
   }
-  SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) opaque(c[r][v]);
-  return 2.0 * iterations * kSteps * kRows * kPanel * (kBf16 ? 2 : 1);
+  SSLK_UNROLL for (int i = 0; i < kChains; i++) opaque(chains[i]);
+  return 2.0 * iterations * kSteps * kChains * kLanes * (kBf16 ? 2 : 1);
 }
 
 double peak_multiply_add(bool bf16, int64_t iterations) {

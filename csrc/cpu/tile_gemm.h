@@ -30,7 +30,7 @@ SSLK_INLINE Vec multiply_add(Vec c, Vec a, Vec b) {
 // k of B is the kPanel words from b + k * kPanel on.
 template <bool kBf16, int V, int kRowStride, int kStepStride>
 SSLK_INLINE void multiply(int64_t steps, const uint32_t* a, const uint32_t* b, Block<V>& c) {
-#pragma GCC unroll 1
+#pragma GCC unroll 4  // so that the end of the loop can be predicted
   for (int64_t k = 0; k < steps; k++, a += kStepStride, b += kPanel) {
     Vec right[V];
     SSLK_UNROLL for (int v = 0; v < V; v++) right[v] = load(b + kLanes * v);
