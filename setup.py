@@ -46,7 +46,13 @@ WERROR = os.environ.get("SSLKERNELS_WERROR") == "1"
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2]
-X86_ISAS = {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+AVX512_BF16 = [*AVX512, "-mavx512bf16"]
+X86_ISAS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
 
 # 2.10 is the oldest torch whose stable ABI has everything csrc uses: the library runs on it and on every later one
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -102,7 +108,9 @@ def runs_here(flags: list[str]) -> bool:
     """Whether this processor has the instructions that flags of X86_ISAS ask for; yes where it does not tell."""
     cpuinfo = Path("/proc/cpuinfo")
     described = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return "flags" not in described or all(flag[2:].replace("512bf16", "512_bf16") in described for flag in flags)
+    return "flags" not in described or all(
+        flag[2:].replace("512bf16", "512_bf16").replace("-", "_") in described for flag in flags
+    )
 
 
 def torch_directory() -> Path:

@@ -84,6 +84,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
             facts["versions"][package] = "not installed"
     options = ("device", "peers", "quick", "curves", "no-compile", "cuda-graphs")
     facts["supported_isas"] = _library.extension.supported_isas() if _library.extension else []
+    facts["has_bf16"] = measure.has_bf16()
     facts["settings"] = {name: config.getoption(f"--{name}") for name in options}
     machine_info["sslkernels"] = facts
 

@@ -53,7 +53,7 @@ def of_run(spec: OpSpec, peers: dict[str, Callable], run: Run, device: str, comp
 
 def has_bf16() -> bool:
     """Whether this processor multiplies bfloat16 numbers itself: it takes minutes for large inputs otherwise."""
-    return _library.extension is not None and _library.extension.isa().endswith("bf16")
+    return _library.extension is not None and _library.extension.has_bf16()
 
 
 def call(spec: OpSpec, contender: Contender, case: Case, direction: str, device: str) -> Call:

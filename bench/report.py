@@ -17,7 +17,8 @@ from tables import HOW_TO_READ, curve_table, disturbances, ratios, ratios_table,
 from sslkernels._files import replacing
 from sslkernels._table import aligned
 
-INSTRUCTIONS = {"avx512": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16"}  # by name of the kernels made for them
+# by name of the kernels made for them
+INSTRUCTIONS = {"avx512": "AVX-512", "avx512_bf16": "AVX-512 with bfloat16", "amx": "AMX"}
 
 
 def page(found: dict, drawn: dict[str, str]) -> str:
@@ -80,7 +81,7 @@ def unmeasured(found: dict) -> list[str]:
         lacking = [name for isa, name in INSTRUCTIONS.items() if isa not in facts["supported_isas"]]
         lines += [f"The kernels for {name}, which this processor lacks." for name in lacking]
         lines.append("Processors other than this one, aarch64 among them.")
-        if "avx512_bf16" not in facts["supported_isas"]:
+        if not facts.get("has_bf16"):
             lines.append("Large inputs in bfloat16, which this processor has to emulate.")
     else:
         lines.append("The exponentials' share of the roofline: it is torch.mm's rate, or that of a copy.")

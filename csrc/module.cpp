@@ -70,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef SSLKERNELS_HAVE_CUDA
   m.def("finds_cuda_stream", [] { return current_stream_lookup() != nullptr; }, "Whether torch can launch on a GPU.");
 #endif
+  m.def("has_bf16", [] { return isa().nt_xent(true).bf16; }, "Whether it multiplies bfloat16 numbers itself.");
   m.def("threads", [] { return torch::stable::get_num_threads(); });
   m.def("empty_cache", &empty_cache, "Gives the memory kept between calls to the system.");
   m.def(

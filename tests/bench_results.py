@@ -13,6 +13,7 @@ def results(*races: dict, **facts) -> dict:
         "cuda": "no device",
         "isa": "avx2: the best one that this processor has (built too: avx512, avx512_bf16)",
         "supported_isas": ["baseline", "avx2"],
+        "has_bf16": False,
         "extension": "loaded",
         "python": "3.11.0",
         "versions": {"sslkernels": "0.1.0", "torch": "2.14.1", "lightly": "1.6.0", "timm": "not installed"},

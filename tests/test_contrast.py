@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import OTHER_ISAS, require_or_skip
 from numerics import assert_as_exact_as_eager, assert_op_close
-from test_infonce import gradients, run_python
+from test_infonce import gradients, medium_precision, run_python
 
 import sslkernels
 from sslkernels import _library
@@ -228,10 +228,12 @@ def test_clip_in_bf16_at_scale_100_is_as_exact_as_its_inputs():
     for one, two in zip(actual[1:3], exact[1:3], strict=True):
         worst = ((one.double() - two).abs().max() / two.abs().max()).item()
         assert worst <= 2.0**-8 + 1e-5, worst  # the rounding of the gradient itself
-    rounded = gradients(sslkernels.clip_loss, images.float(), texts.float(), scale)[1:3]
-    for one, two, three in zip(actual[1:3], rounded, exact[1:3], strict=True):
+    with medium_precision():  # the same products, but a gradient that is not rounded
+        wide = gradients(sslkernels.clip_loss, images.float(), texts.float(), scale)
+    multiplies_bf16 = _library.extension is not None and _library.extension.has_bf16()  # and rounds the softmax to it
+    for one, two, three in zip(actual[1:3], wide[1:3], exact[1:3], strict=True):
         assert torch.equal(one, two.bfloat16())
-        assert (two - three).norm() <= 1e-6 * three.norm()
+        assert (two - three).norm() <= (1.2e-3 if multiplies_bf16 else 1e-6) * three.norm()
     assert ((actual[3] - exact[3]) / exact[3]).abs() <= 1e-6
 
 

@@ -71,7 +71,7 @@ def project(tmp_path):
     shutil.copytree(ROOT / "sslkernels", directory / "sslkernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     write(directory / "csrc/module.cpp", MODULE)
     write(directory / "csrc/answer.h", '#define ANSWER "1"\n')
-    for isa in ("baseline", "avx2", "avx512", "avx512_bf16"):
+    for isa in ("baseline", "avx2", "avx512", "avx512_bf16", "amx"):
         write(directory / f"csrc/cpu/isa/{isa}.cpp", f"namespace sslkernels::{isa} {{ int f() {{ return 1; }} }}\n")
     return directory
 

@@ -48,9 +48,7 @@ struct ContrastJob {
 };
 
 // The loops of one instruction set for one kind of tile. `scratch` is private to a worker.
-struct ContrastKernel {
-  int64_t panel;
-  bool bf16;
+struct ContrastKernel : Packing {
   int64_t scratch_bytes;
   void (*pack)(const ContrastJob&, const ContrastSide&, int64_t panel, void* scratch);
   void (*tile)(const ContrastJob&, Pass, const Side& a, const Side& b, int64_t i0, int64_t j0, void* scratch);
@@ -91,7 +89,7 @@ class ContrastRunner {
     prepare(pass);
     pack_sides();
     each_tile(pass);
-    close_gradients();
+    close_gradients(pass);
   }
 
  private:
@@ -110,17 +108,17 @@ class ContrastRunner {
   }
 
   SideLayout set_logits(bool backward) {
-    const int64_t dim = job_.query.in.dim, words = kernel_.bf16 ? (dim + 1) / 2 : dim;
+    const int64_t dim = job_.query.in.dim;
     const int64_t rows = std::max(job_.query.in.count, job_.symmetric ? 0 : job_.key.in.count);
     const int64_t tile = tile_side(rows);
-    job_.logits = make_logits(dim, words, tile, job_.scale, job_.bounded);
+    job_.logits = make_logits(dim, kernel_.words(dim), tile, job_.scale, job_.bounded);
     job_.logits.columns = job_.columns || job_.symmetric;
     job_.logits.triangle = job_.symmetric ? Triangle::kSelf : Triangle::kNone;
     job_.logits.skip = job_.skip;
     job_.logits.skips = job_.skips;
     job_.logits.ids = job_.query.ids != nullptr;
     job_.logits.bias2 = static_cast<float>(job_.bias * kLog2E);
-    return {kernel_.panel, dim, words, kernel_.bf16, backward, job_.logits.ids};
+    return {kernel_, dim, backward, job_.logits.ids};
   }
 
   // Both sides packed whole.
@@ -130,7 +128,8 @@ class ContrastRunner {
     job_.key.side = side_of(job_.key, kernel_.panel);
     workspace_.allocate([&](Workspace& w) {
       layout.take(w, job_.query.side);
-      if (pass == Pass::kSigmoidBackward) layout.take_sums(w, job_.query.side);
+      if (pass == Pass::kSigmoidBackward || (pass == Pass::kBackward && kernel_.bf16))
+        layout.take_sums(w, job_.query.side);
       if (!job_.symmetric) layout.take(w, job_.key.side);
       if (job_.skipped) w.take(job_.logits.own_logit, job_.query.side.padded_rows);
       w.take(scratch_, scratch_bytes() * threads_);
@@ -316,19 +315,20 @@ class ContrastRunner {
 
   // The logits are bilinear: scale * d/d scale is the inner product of a side with its gradient, twice that where both
   // sides are one.
-  void close_gradients() {
+  void close_gradients(Pass pass) {
     const int64_t rows = job_.query.in.count;
     std::vector<double> along(rows);
     for_rows([&](int64_t row) { along[row] = close_gradient(job_.query, row, job_.grad_query); });
-    job_.grad_scale = job_.grad_bias = 0;
+    const float* sums = job_.query.side.sums;
+    double from_rows = 0, from_tiles = 0;
     for (int64_t row = 0; row < rows; row++) {
-      job_.grad_scale += along[row];
-      if (job_.query.side.sums) job_.grad_bias += job_.query.side.sums[row] * job_.largest_gradient;
+      from_rows += along[row];
+      if (sums) from_tiles += sums[row] * job_.largest_gradient;
     }
-    if (job_.symmetric) {
-      job_.grad_scale /= 2;
-      return;
-    }
+    if (job_.symmetric) from_rows /= 2;
+    job_.grad_scale = sums && pass == Pass::kBackward ? from_tiles : from_rows;
+    job_.grad_bias = pass == Pass::kSigmoidBackward ? from_tiles : 0;
+    if (job_.symmetric) return;
     const int64_t keys = job_.key.in.count, workers = std::min(threads_, keys);
     parallel_(workers, [&](int64_t begin, int64_t end) {
       for (int64_t row = keys * begin / workers; row < keys * end / workers; row++)

@@ -41,9 +41,7 @@ struct NtXentJob {
 };
 
 // The loops of one instruction set for one kind of tile. `scratch` is private to a worker.
-struct NtXentKernel {
-  int64_t panel;
-  bool bf16;
+struct NtXentKernel : Packing {
   int64_t scratch_bytes;
   void (*pack)(const NtXentJob&, int64_t panel, bool backward, void* scratch);
   void (*forward_tile)(const NtXentJob&, int64_t i0, int64_t j0, void* scratch);
@@ -88,12 +86,11 @@ class NtXentRunner {
     z = {};
     z.rows = job_.in.count;
     z.padded_rows = round_up(z.rows, kernel_.panel);
-    const int64_t dim = job_.in.dim, words = kernel_.bf16 ? (dim + 1) / 2 : dim;
-    const int64_t tile = tile_side(z.rows);
-    job_.logits = make_logits(dim, words, tile, 1 / job_.temperature, job_.bounded);
+    const int64_t dim = job_.in.dim;
+    job_.logits = make_logits(dim, kernel_.words(dim), tile_side(z.rows), 1 / job_.temperature, job_.bounded);
     job_.logits.columns = true;
     job_.logits.triangle = Triangle::kPairs;
-    const SideLayout layout{kernel_.panel, dim, words, kernel_.bf16, backward, false};
+    const SideLayout layout{kernel_, dim, backward, false};
     workspace_.allocate([&](Workspace& w) {
       layout.take(w, z);
       if (backward) {

@@ -11,7 +11,7 @@ void pack(const NtXentJob& job, int64_t panel, bool backward, void* scratch) {
   double cosine[kPanel / 2] = {};
   pack_panel<kBf16>(job.in, job.z, job.logits.words, panel, s, [&](int64_t /*column*/, int64_t count) {
     for (int64_t r = 0; !backward && r < kPanel; r += 2)
-      cosine[r / 2] += dot(s.rows + r * kChunk, s.rows + (r + 1) * kChunk, count);
+      cosine[r / 2] += dot(s.rows + r * kChunkStride, s.rows + (r + 1) * kChunkStride, count);
   });
   if (!backward) {
     clear_sums(job.logits, job.z, panel);
@@ -101,18 +101,19 @@ inline void backward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
 
 template <bool kBf16>
 void forward_tile(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) {
+  const TileConfig config;
   forward_logits<kBf16>(job.logits, job.z, job.z, i0, j0, false, scratch);
 }
 template <bool kBf16>
 void backward_tile(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) {
+  const TileConfig config;
   LogitTile<kBf16>{job.logits, job.z, job.z, *static_cast<TileScratch<kBf16>*>(scratch), i0, j0}.backward();
 }
 
 template <bool kBf16>
 NtXentKernel kernel_of() {
   constexpr int64_t tiles = sizeof(TileScratch<kBf16>), packing = sizeof(PackScratch<kBf16>);
-  return {kPanel,
-          kBf16,
+  return {{kPanel, kBf16, kAmx<kBf16>},
           tiles > packing ? tiles : packing,
           pack<kBf16>,
           forward_tile<kBf16>,

@@ -1,5 +1,10 @@
 #include "isa.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -19,6 +24,7 @@ SSLK_DECLARE(baseline)
 SSLK_DECLARE(avx2)
 SSLK_DECLARE(avx512)
 SSLK_DECLARE(avx512_bf16)
+SSLK_DECLARE(amx)
 #undef SSLK_DECLARE
 
 namespace {
@@ -26,6 +32,14 @@ namespace {
 #define SSLK_KERNELS(isa)                                                                                           \
   #isa, isa::nt_xent_kernel, isa::contrast_kernel, isa::ema_kernel, isa::patch_loss_kernel, isa::patch_mask_kernel, \
       isa::unit_rows_kernel, isa::peak
+
+#ifdef SSLKERNELS_HAVE_AMX
+// Asks the system for the tile registers, which it keeps for processes that want them.
+bool may_use_tiles() {
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 std::vector<Isa> list() {
   std::vector<Isa> isas = {{SSLK_KERNELS(baseline), [] { return true; }}};
@@ -47,6 +61,14 @@ std::vector<Isa> list() {
                   },
                   // Intel's multiply bf16 at half the rate of fp32, and leave the speed to AMX
                   [] { return !__builtin_cpu_is("intel"); }});
+#endif
+#if defined(SSLKERNELS_HAVE_AMX) && defined(SSLKERNELS_HAVE_AVX512)
+  isas.push_back({"amx", amx::nt_xent_kernel, amx::contrast_kernel, avx512::ema_kernel, avx512::patch_loss_kernel,
+                  avx512::patch_mask_kernel, avx512::unit_rows_kernel, amx::peak, [] {
+                    return __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("avx512bf16") &&
+                           __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma") && may_use_tiles();
+                  }});
 #endif
   return isas;
 }

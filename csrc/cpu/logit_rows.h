@@ -3,11 +3,12 @@
 #pragma once
 #include "logits.h"
 #include "storage.h"
-#include "tile_gemm.h"
+#include "tile_amx.h"
 
 namespace sslkernels::SSLK_ISA {
 
-constexpr int64_t kChunk = 512;  // columns of a row handled at a time
+constexpr int64_t kChunk = 512;                // columns of a row handled at a time
+constexpr int64_t kChunkStride = kChunk + 32;  // between rows of a chunk: a power of two would share few cache sets
 
 template <class Type>
 SSLK_INLINE const typename Type::Storage* row_start(const Rows& in, int64_t row, int64_t column) {
@@ -91,8 +92,8 @@ SSLK_INLINE void transpose_panel(const uint32_t* from, int64_t from_stride, int6
 
 template <bool kBf16>
 struct PackScratch {
-  alignas(64) float rows[kPanel * kChunk];
-  alignas(64) uint16_t halves[kBf16 ? kPanel * kChunk : 1];
+  alignas(64) float rows[kPanel * kChunkStride];
+  alignas(64) uint16_t halves[kBf16 ? kPanel * kChunkStride : 1];
 };
 
 // Packs columns [column, column + kChunk) of the rows of a panel, which lie in `s.rows`, into `panels` and, where the
@@ -103,11 +104,15 @@ void pack_chunk(const Side& side, int64_t dim, int64_t words, int64_t panel, int
   uint32_t* to = side.panels + panel * words * kPanel + column / (kBf16 ? 2 : 1) * kPanel;
   if constexpr (kBf16) {
     for (int64_t r = 0; r < kPanel; r++)
-      for (int64_t c = 0; c < padded; c++) s.halves[r * kChunk + c] = to_bf16(s.rows[r * kChunk + c]);
+      for (int64_t c = 0; c < padded; c++) s.halves[r * kChunkStride + c] = to_bf16(s.rows[r * kChunkStride + c]);
     const auto* packed = reinterpret_cast<const uint32_t*>(s.halves);
-    transpose_panel(packed, kChunk / 2, (count + 1) / 2, to);
+    const int64_t steps = min(padded / 2, words - column / 2);
+    transpose_panel(packed, kChunkStride / 2, steps, to);
+    for (int64_t r = 0; side.lefts && r < kPanel; r++)
+      __builtin_memcpy(side.lefts + (panel * kPanel + r) * words + column / 2, packed + r * (kChunkStride / 2),
+                       4 * steps);
   } else {
-    transpose_panel(reinterpret_cast<const uint32_t*>(s.rows), kChunk, count, to);
+    transpose_panel(reinterpret_cast<const uint32_t*>(s.rows), kChunkStride, count, to);
   }
   if (!side.columns) return;
   constexpr int64_t kPerWord = kBf16 ? 2 : 1;
@@ -116,9 +121,9 @@ void pack_chunk(const Side& side, int64_t dim, int64_t words, int64_t panel, int
     for (int64_t r = 0; r < kPanel; r += kPerWord, out += kPanel)
       for (int64_t k = 0; k < kPanel; k++) {
         if constexpr (kBf16)
-          out[k] = s.halves[r * kChunk + c + k] | uint32_t{s.halves[(r + 1) * kChunk + c + k]} << 16;
+          out[k] = s.halves[r * kChunkStride + c + k] | uint32_t{s.halves[(r + 1) * kChunkStride + c + k]} << 16;
         else
-          out[k] = to_bits(s.rows[r * kChunk + c + k]);
+          out[k] = to_bits(s.rows[r * kChunkStride + c + k]);
       }
   }
 }
@@ -137,7 +142,7 @@ SSLK_INLINE void pack_panel(const Rows& in, const Side& side, int64_t words, int
   for (int64_t column = 0; column < in.dim; column += kChunk) {
     const int64_t count = min(kChunk, in.dim - column), padded = (count + kPanel - 1) / kPanel * kPanel;
     for (int64_t r = 0; r < kPanel; r++) {
-      float* out = s.rows + r * kChunk;
+      float* out = s.rows + r * kChunkStride;
       const int64_t row = panel * kPanel + r, read = row < side.rows ? count : 0;
       if (read) read_row(in, row, column, read, packed[r], out);
       for (int64_t c = read; c < padded; c++) out[c] = 0;

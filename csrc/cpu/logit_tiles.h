@@ -15,8 +15,10 @@ struct TileScratch {
   static constexpr int64_t kRowG = kMaxTile / kPerWord + 16;  // row of G in words
 
   alignas(64) float s[kMaxTile * kTileStride];
-  alignas(64) uint32_t g_by_rows[kBf16 ? kMaxTile * kRowG : 16];               // bf16: words hold two columns
-  alignas(64) uint32_t g_by_columns[kBf16 ? kMaxTile / 2 * kTileStride : 16];  // bf16: words hold two rows
+  alignas(64) uint32_t g_by_rows[kBf16 ? kMaxTile * kRowG : 16];  // bf16: words hold two columns
+  // bf16: words hold two rows; of AMX's left operand they lie by columns
+  alignas(64) uint32_t g_by_columns[kAmx<kBf16> ? kMaxTile * kRowG : kBf16 ? kMaxTile / 2 * kTileStride : 16];
+  alignas(64) float block[kAmx<kBf16> ? kAmxSide * kAmxSide : 16];
   alignas(64) float row_sums[kMaxTile * kLanes];
   alignas(64) float column_sums[kMaxTile];
   alignas(64) float row_peaks[kMaxTile * kLanes];  // similarities, with the sign of the scale
@@ -46,14 +48,21 @@ struct LogitTile {
   template <class Epilogue>
   SSLK_INLINE void similarities(const Epilogue& epilogue) {
     // without a bound logits may be large, and so are the effects of their rounding: shorter sums, which round less
-    const int64_t piece = logits.bounded ? kStepsAtOnce : min(kStepsAtOnce, logits.words < 64 ? 16 : logits.words / 4);
+    const int64_t quarter = logits.words < 64 ? 16
+                            : kAmx<kBf16>     ? round_up(logits.words / 4, kAmxSteps)
+                                              : logits.words / 4;
+    const int64_t piece = logits.bounded ? kStepsAtOnce : min(kStepsAtOnce, quarter);
     for (int64_t k = 0; k < logits.words; k += piece) {
       const int64_t steps = min(piece, logits.words - k);
       for (int64_t column = 0; column < width; column += kPanel)
-        for (int64_t row = 0; row < height; row += kRows) {
+        for (int64_t row = 0; row < height; row += kAmx<kBf16> ? kAmxSide : kRows) {
           if (diagonal && column + kPanel <= row) break;  // below the diagonal
-          prefetch_panel(column + kPanel, k, steps, row);
-          similarity_block(row, column, k, steps, epilogue);
+          if constexpr (kAmx<kBf16>) {
+            similarity_tiles(row, column, k, steps, epilogue);
+          } else {
+            prefetch_panel(column + kPanel, k, steps, row);
+            similarity_block(row, column, k, steps, epilogue);
+          }
         }
     }
   }
@@ -61,13 +70,36 @@ struct LogitTile {
   template <class Epilogue>
   SSLK_INLINE void similarity_block(int64_t row, int64_t column, int64_t k, int64_t steps, const Epilogue& epilogue) {
     FullBlock c;
-    float* partial = scratch.s + row * kTileStride + column;
     clear<kVecs>(c);
     multiply<kBf16, kVecs, 1, kPanel>(steps, panel_word(a, i0 + row, k), panel_word(b, j0 + column, k), c);
+    finish_block(row, column, k, k + steps == logits.words, c, epilogue);
+  }
+
+  // kAmxSide rows by AMX, kRows at a time for the epilogue.
+  template <class Epilogue>
+  SSLK_INLINE void similarity_tiles(int64_t row, int64_t column, int64_t k, int64_t steps, const Epilogue& epilogue) {
+#if defined(__AMX_BF16__)
+    load_sums(nullptr, 0);
+    multiply_tiles(0, steps, a.lefts + (i0 + row) * logits.words + k, logits.words, panel_word(b, j0 + column, k));
+    store_sums(scratch.block, kAmxSide);
+    for (int64_t part = 0; part < kAmxSide; part += kRows) {
+      FullBlock c;
+      SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
+          load(scratch.block + (part + r) * kAmxSide + v * kLanes);
+      finish_block(row + part, column, k, k + steps == logits.words, c, epilogue);
+    }
+#endif
+  }
+
+  // Takes a block's sums over some steps, from step k on.
+  template <class Epilogue>
+  SSLK_INLINE void finish_block(int64_t row, int64_t column, int64_t k, bool last, FullBlock& c,
+                                const Epilogue& epilogue) {
+    float* partial = scratch.s + row * kTileStride + column;
     if (k > 0)  // added to the sums so far, not continued from them: short sums round less
       SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] +=
           load(partial + r * kTileStride + v * kLanes);
-    if (k + steps == logits.words) {
+    if (last) {
       epilogue(row, column, c);
     } else {
       SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++)
@@ -199,16 +231,40 @@ struct LogitTile {
 
   // ---- backward
 
+  // With sums of a: also adds up G * S along its rows, what the scale's gradient is made of, before G is rounded.
   void backward() {
+    const bool adds_up = kBf16 && a.sums;
+    if (adds_up) clear_tile_sums();
     similarities([&](int64_t row, int64_t column, FullBlock& c) __attribute__((always_inline)) {
+      if (adds_up) keep(row, column, c);
       if (logits.bounded)
         weigh_bounded(row, column, c);
       else
         weigh_online(row, column, c);
       mask(row, column, c, 0);
+      if (adds_up) add_products(row, column, c);
       store_g(row, column, c);
     });
+    for (int64_t r = 0; adds_up && r < height; r++)
+      a.sums[i0 + r] += sum(load(scratch.row_sums + r * kLanes)) * a.residual[i0 + r];
     accumulate_both();
+  }
+
+  SSLK_INLINE void keep(int64_t row, int64_t column, const FullBlock& c) const {
+    SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++)
+        store(scratch.s + (row + r) * kTileStride + column + v * kLanes, c[r][v]);
+  }
+  // Into the sums of rows: G times what was kept, which the row's residual still has to be multiplied by.
+  SSLK_INLINE void add_products(int64_t row, int64_t column, const FullBlock& c) const {
+    SSLK_UNROLL for (int r = 0; r < kRows; r++) {
+      float* sums = scratch.row_sums + (row + r) * kLanes;
+      Vec total = load(sums);
+      SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
+        const int64_t at = column + v * kLanes;
+        total += c[r][v] * load(b.residual + j0 + at) * load(scratch.s + (row + r) * kTileStride + at);
+      }
+      store(sums, total);
+    }
   }
 
   SSLK_INLINE void weigh_bounded(int64_t row, int64_t column, FullBlock& c) const {
@@ -237,7 +293,9 @@ struct LogitTile {
   void accumulate_rows() { accumulate<kRowG, 1>(scratch.g(), a, i0, b, j0, height, width, false); }
   SSLK_INLINE void accumulate_both() {
     accumulate_rows();
-    if constexpr (kBf16)
+    if constexpr (kAmx<kBf16>)
+      accumulate<kRowG, 1>(scratch.g_by_columns, b, j0, a, i0, width, height, true);
+    else if constexpr (kBf16)
       accumulate<1, kTileStride>(scratch.g_by_columns, b, j0, a, i0, width, height, true);
     else
       accumulate<1, kRowG>(scratch.g(), b, j0, a, i0, width, height, true);
@@ -261,23 +319,54 @@ struct LogitTile {
                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
       const __m512i interleave = _mm512_load_si512(kInterleave);
-      SSLK_UNROLL for (int r = 0; r < kRows; r += 2) {
-        const float even = a.residual[i0 + row + r], odd = a.residual[i0 + row + r + 1];
-        SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
+      SSLK_UNROLL for (int v = 0; v < kVecs; v++) {
+        __m512i pairs[kRows / 2];
+        SSLK_UNROLL for (int r = 0; r < kRows; r += 2) {
+          const float even = a.residual[i0 + row + r], odd = a.residual[i0 + row + r + 1];
           const __m512bh rows = _mm512_cvtne2ps_pbh(c[r + 1][v] * odd, c[r][v] * even);
-          store(scratch.g_by_columns + (row + r) / 2 * kTileStride + column + v * kLanes,
-                (Vec)_mm512_permutexvar_epi16(interleave, (__m512i)rows));
+          pairs[r / 2] = _mm512_permutexvar_epi16(interleave, (__m512i)rows);
         }
+        store_pairs(row, column + v * kLanes, pairs);
       }
     }
 #endif
   }
+
+#if defined(__AVX512BF16__)
+  // Stores kLanes columns of G, the words of kRows / 2 pairs of rows, in the order of the second product.
+  SSLK_INLINE void store_pairs(int64_t row, int64_t column, const __m512i (&pairs)[kRows / 2]) {
+    if constexpr (!kAmx<kBf16>) {
+      SSLK_UNROLL for (int p = 0; p < kRows / 2; p++)
+          store(scratch.g_by_columns + (row / 2 + p) * kTileStride + column, (Vec)pairs[p]);
+      return;
+    }
+    static_assert(kRows == 8);
+    const __m512i low[2] = {_mm512_maskz_unpacklo_epi32(kAllLanes, pairs[0], pairs[1]),
+                            _mm512_maskz_unpacklo_epi32(kAllLanes, pairs[2], pairs[3])},
+                  high[2] = {_mm512_maskz_unpackhi_epi32(kAllLanes, pairs[0], pairs[1]),
+                             _mm512_maskz_unpackhi_epi32(kAllLanes, pairs[2], pairs[3])};
+    uint32_t* to = scratch.g_by_columns + column * kRowG + row / 2;
+    store_columns(to, _mm512_maskz_unpacklo_epi64(0xff, low[0], low[1]));
+    store_columns(to + kRowG, _mm512_maskz_unpackhi_epi64(0xff, low[0], low[1]));
+    store_columns(to + 2 * kRowG, _mm512_maskz_unpacklo_epi64(0xff, high[0], high[1]));
+    store_columns(to + 3 * kRowG, _mm512_maskz_unpackhi_epi64(0xff, high[0], high[1]));
+  }
+  // The four words of every fourth column.
+  static SSLK_INLINE void store_columns(uint32_t* to, __m512i words) {
+    auto* at = reinterpret_cast<__m128i*>(to);
+    at[0] = _mm512_maskz_extracti32x4_epi32(0xf, words, 0);
+    at[kRowG] = _mm512_maskz_extracti32x4_epi32(0xf, words, 1);
+    at[2 * kRowG] = _mm512_maskz_extracti32x4_epi32(0xf, words, 2);
+    at[3 * kRowG] = _mm512_maskz_extracti32x4_epi32(0xf, words, 3);
+  }
+#endif
 
   // target.grad[to .. to + rows) += L source[from .. from + depth), L being G or its transpose. On the diagonal L is
   // triangular.
   template <int kRowStride, int kStepStride>
   SSLK_INLINE void accumulate(const uint32_t* l, const Side& target, int64_t to, const Side& source, int64_t from,
                               int64_t rows, int64_t depth, bool transposed) {
+    if constexpr (kAmx<kBf16>) return accumulate_tiles(l, target, to, source, from, rows, depth, transposed);
     for (int64_t column = 0; column < logits.dim; column += kPanel) {
       const uint32_t* right = source.columns + (column * source.padded_rows + from * kPanel) / kPerWord;
       float* out = target.grad + column * target.padded_rows + to * kPanel;
@@ -299,6 +388,23 @@ struct LogitTile {
                                                            right + begin / kPerWord * kPanel, out + row * kPanel);
       }
     }
+  }
+
+  SSLK_INLINE void accumulate_tiles(const uint32_t* l, const Side& target, int64_t to, const Side& source, int64_t from,
+                                    int64_t rows, int64_t depth, bool transposed) {
+#if defined(__AMX_BF16__)
+    for (int64_t column = 0; column < logits.dim; column += kPanel) {
+      const uint32_t* right = source.columns + (column * source.padded_rows + from * kPanel) / kPerWord;
+      float* out = target.grad + column * target.padded_rows + to * kPanel;
+      for (int64_t row = 0; row < rows; row += kAmxSide) {
+        const int64_t begin = diagonal && !transposed ? row : 0, end = diagonal && transposed ? row + kAmxSide : depth;
+        float* sums = out + row * kPanel;
+        load_sums(sums, kPanel);
+        multiply_tiles(begin / kPerWord, end / kPerWord, l + row * kRowG, kRowG, right);
+        store_sums(sums, kPanel);
+      }
+    }
+#endif
   }
 
   template <int V, int kRowStride, int kStepStride>

@@ -32,12 +32,13 @@ struct Side {
   int64_t rows, padded_rows;
   int64_t first;      // index of the first row among the columns that Logits::skip names
   uint32_t* panels;   // [padded_rows / panel][words][panel]: operands of S = A B^T
+  uint32_t* lefts;    // [padded_rows][words]: left operand of S where AMX multiplies
   uint32_t* columns;  // [dim / panel][padded_rows (bf16: / 2)][panel]: right operand of dA += G B
   double* scale;      // what turns a row of the input into a row of A
   float* residual;    // what the packed row still has to be multiplied by (bf16 tiles; otherwise 1)
   int32_t *id_low, *id_high;
-  float *sums, *maxima;                         // forward: sum of exp over what takes part, its offset (base 2)
-  float* grad;                                  // [dim / panel][padded_rows][panel]
+  float *sums, *maxima;  // forward: sum of exp over what takes part, its offset (base 2); backward: see LogitTile
+  float* grad;           // [dim / panel][padded_rows][panel]
   float *weight, *logsumexp2, *logsumexp2_low;  // backward: factor of exp, and offset (base 2) in two parts
 };
 
@@ -82,15 +83,25 @@ inline Logits make_logits(int64_t dim, int64_t words, int64_t tile, double scale
   return logits;
 }
 
+// How the tiles of a kernel want their operands.
+struct Packing {
+  int64_t panel;
+  bool bf16, amx;
+
+  int64_t words(int64_t dim) const { return amx ? round_up(dim, 32) / 2 : bf16 ? (dim + 1) / 2 : dim; }
+};
+
 // Takes what a side needs from a workspace.
 struct SideLayout {
-  int64_t panel, dim, words;
-  bool bf16, backward, ids;
+  Packing packing;
+  int64_t dim;
+  bool backward, ids;
 
-  int64_t padded_dim() const { return round_up(dim, panel); }
+  int64_t padded_dim() const { return round_up(dim, packing.panel); }
 
   void take(Workspace& w, Side& s) const {
-    w.take(s.panels, s.padded_rows * words);
+    w.take(s.panels, s.padded_rows * packing.words(dim));
+    if (packing.amx) w.take(s.lefts, s.padded_rows * packing.words(dim));
     w.take(s.scale, s.padded_rows);
     w.take(s.residual, s.padded_rows);
     if (ids) {
@@ -111,7 +122,9 @@ struct SideLayout {
     w.take(s.sums, s.padded_rows);
     w.take(s.maxima, s.padded_rows);
   }
-  void take_columns(Workspace& w, Side& s) const { w.take(s.columns, s.padded_rows * padded_dim() / (bf16 ? 2 : 1)); }
+  void take_columns(Workspace& w, Side& s) const {
+    w.take(s.columns, s.padded_rows * padded_dim() / (packing.bf16 ? 2 : 1));
+  }
   void take_grad(Workspace& w, Side& s) const { w.take(s.grad, s.padded_rows * padded_dim()); }
 };
 

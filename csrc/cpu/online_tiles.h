@@ -22,6 +22,7 @@ struct OnlineTile : LogitTile<kBf16> {
   using Tile::height;
   using Tile::i0;
   using Tile::j0;
+  using Tile::keep;
   using Tile::logit;
   using Tile::logits;
   using Tile::mask;
@@ -76,10 +77,6 @@ struct OnlineTile : LogitTile<kBf16> {
     SSLK_UNROLL for (int v = 0; v < kVecs; v++) store(scratch.column_peaks + column + v * kLanes, peaks[v]);
   }
 
-  SSLK_INLINE void keep(int64_t row, int64_t column, const FullBlock& c) const {
-    SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++)
-        store(scratch.s + (row + r) * kTileStride + column + v * kLanes, c[r][v]);
-  }
   // The logit of an element that was kept.
   SSLK_INLINE float kept_logit(int64_t r, int64_t at) const {
     return logit(broadcast(scratch.s[r * kTileStride + at]), Vec{})[0];
@@ -161,7 +158,8 @@ struct OnlineTile : LogitTile<kBf16> {
     const Vec before = load(b.maxima + j0 + at), top = max(before, column_peak(at));
     Vec total{};
     if (shared) {
-      total = load(scratch.column_sums + at) * exp2(offset - top);
+      const Vec above = offset - top;  // within the span, but of a column with nothing in it: 0 times infinity
+      total = load(scratch.column_sums + at) * exp2(above > kSharedSpan ? broadcast(kSharedSpan) : above);
     } else {
       const int64_t end = diagonal ? min(height, (at / kPanel + 1) * kPanel) : height;
       for (int64_t r = 0; r < end; r++) total += exp2(logit(load(scratch.s + r * kTileStride + at), top));

@@ -1,7 +1,7 @@
 // What the processor gives when nothing stands in the way: the rooflines that benchmarks divide by.
 #pragma once
 #include "isa.h"
-#include "tile_gemm.h"
+#include "tile_amx.h"
 
 namespace sslkernels::SSLK_ISA {
 
@@ -20,6 +20,9 @@ double multiply_add_loop(int64_t iterations) {
 }
 
 double peak_multiply_add(bool bf16, int64_t iterations) {
+#if defined(__AMX_BF16__)
+  if (bf16) return multiply_tiles_loop(iterations);
+#endif
   return bf16 && kHasBf16 ? multiply_add_loop<kHasBf16>(iterations) : multiply_add_loop<false>(iterations);
 }
 
