@@ -101,12 +101,12 @@ inline void backward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
 
 template <bool kBf16>
 void forward_tile(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) {
-  const TileConfig config;
+  const TileConfig<kAmx<kBf16>> config;
   forward_logits<kBf16>(job.logits, job.z, job.z, i0, j0, false, scratch);
 }
 template <bool kBf16>
 void backward_tile(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) {
-  const TileConfig config;
+  const TileConfig<kAmx<kBf16>> config;
   LogitTile<kBf16>{job.logits, job.z, job.z, *static_cast<TileScratch<kBf16>*>(scratch), i0, j0}.backward();
 }
 

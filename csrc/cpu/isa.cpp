@@ -36,8 +36,12 @@ namespace {
 #ifdef SSLKERNELS_HAVE_AMX
 // Asks the system for the tile registers, which it keeps for processes that want them.
 bool may_use_tiles() {
+#ifdef SYS_arch_prctl
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 

@@ -1,6 +1,6 @@
 // Products of bf16 by AMX: 32 x 32 sums in four tile registers, fed by two tiles of the left operand (16 rows of 16
 // words, so row-major) and two of the right (16 steps of 16 columns, as the micro-kernel has them). Without AMX there
-// is nothing here but a TileConfig that does nothing.
+// is nothing here but constants and a TileConfig that does nothing.
 #pragma once
 #include "tile_gemm.h"
 
@@ -16,11 +16,17 @@ constexpr bool kAmx = kBf16 && kHasAmx;  // whether tiles of this kind are multi
 constexpr int64_t kAmxSide = 32;         // rows and columns of a block
 constexpr int64_t kAmxSteps = 16;        // words along the reduction of a tile
 
+// Sets the tile registers up for a while, where they are used; whoever else uses them sets them up again, as their ABI
+// has it.
+template <bool kUsed>
+struct TileConfig {
+  TileConfig() {}  // so that it is not an unused variable
+};
+
 #if defined(__AMX_BF16__)
 
-// Sets the tile registers up for a while; whoever else uses them sets them up again, as their ABI has it.
-class TileConfig {
- public:
+template <>
+struct TileConfig<true> {
   TileConfig() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -82,7 +88,7 @@ SSLK_INLINE void multiply_tiles(int64_t begin, int64_t end, const uint32_t* a, i
 // Sums that stay in their registers, of operands that do too; returns the flops.
 inline double multiply_tiles_loop(int64_t iterations) {
   constexpr int kSteps = 16;
-  const TileConfig config;
+  const TileConfig<true> config;
   alignas(64) float zeros[256] = {};
   SSLK_TILE_ZERO(0);
   SSLK_TILE_ZERO(1);
@@ -103,12 +109,6 @@ inline double multiply_tiles_loop(int64_t iterations) {
 #undef SSLK_TILE_STORE
 #undef SSLK_TILE_ZERO
 #undef SSLK_TILE_MULTIPLY
-
-#else
-
-struct TileConfig {
-  TileConfig() {}  // so that it is not an unused variable
-};
 
 #endif
 
