@@ -14,6 +14,7 @@ struct LogitTile {
   typedef TileScratch<kBf16> Scratch;
   typedef Block<kVecs> FullBlock;
   static constexpr int64_t kPerWord = Scratch::kPerWord, kRowG = Scratch::kRowG;
+  static constexpr int64_t kBlockRows = kAmx<kBf16> ? kAmxSide : kRows;  // of S and of the products
 
   const Logits& logits;
   const Side &a, &b;
@@ -36,7 +37,7 @@ struct LogitTile {
     for (int64_t k = 0; k < logits.words; k += piece) {
       const int64_t steps = min(piece, logits.words - k);
       for (int64_t column = 0; column < width; column += kPanel)
-        for (int64_t row = 0; row < height; row += kAmx<kBf16> ? kAmxSide : kRows) {
+        for (int64_t row = 0; row < height; row += kBlockRows) {
           if (diagonal && column + kPanel <= row) break;  // below the diagonal
           if constexpr (kAmx<kBf16>) {
             similarity_tiles(row, column, k, steps, epilogue);
@@ -347,13 +348,21 @@ struct LogitTile {
   template <int kRowStride, int kStepStride>
   SSLK_INLINE void accumulate(const uint32_t* l, const Side& target, int64_t to, const Side& source, int64_t from,
                               int64_t rows, int64_t depth, bool transposed) {
-    if constexpr (kAmx<kBf16>) return accumulate_tiles(l, target, to, source, from, rows, depth, transposed);
     for (int64_t column = 0; column < logits.dim; column += kPanel) {
       const uint32_t* right = source.columns + (column * source.padded_rows + from * kPanel) / kPerWord;
       float* out = target.grad + column * target.padded_rows + to * kPanel;
       const bool narrow = logits.dim - column <= kLanes;  // the last panel may be half empty
-      for (int64_t row = 0; row < rows; row += kRows) {
-        const int64_t begin = diagonal && !transposed ? row : 0, end = diagonal && transposed ? row + kRows : depth;
+      for (int64_t row = 0; row < rows; row += kBlockRows) {
+        const int64_t begin = diagonal && !transposed ? row : 0,
+                      end = diagonal && transposed ? row + kBlockRows : depth;
+#if defined(__AMX_BF16__)
+        if constexpr (kAmx<kBf16>) {
+          load_sums(out + row * kPanel, kPanel);
+          multiply_tiles(begin / kPerWord, end / kPerWord, l + row * kRowStride, kRowStride, right);
+          store_sums(out + row * kPanel, kPanel);
+          continue;
+        }
+#endif
         if (column + kPanel < logits.dim) {
           const char* next = reinterpret_cast<const char*>(right + source.padded_rows * kPanel / kPerWord);
           const int64_t share = depth * kPanel * 4 / kPerWord * kRows / rows;
@@ -369,23 +378,6 @@ struct LogitTile {
                                                            right + begin / kPerWord * kPanel, out + row * kPanel);
       }
     }
-  }
-
-  SSLK_INLINE void accumulate_tiles(const uint32_t* l, const Side& target, int64_t to, const Side& source, int64_t from,
-                                    int64_t rows, int64_t depth, bool transposed) {
-#if defined(__AMX_BF16__)
-    for (int64_t column = 0; column < logits.dim; column += kPanel) {
-      const uint32_t* right = source.columns + (column * source.padded_rows + from * kPanel) / kPerWord;
-      float* out = target.grad + column * target.padded_rows + to * kPanel;
-      for (int64_t row = 0; row < rows; row += kAmxSide) {
-        const int64_t begin = diagonal && !transposed ? row : 0, end = diagonal && transposed ? row + kAmxSide : depth;
-        float* sums = out + row * kPanel;
-        load_sums(sums, kPanel);
-        multiply_tiles(begin / kPerWord, end / kPerWord, l + row * kRowG, kRowG, right);
-        store_sums(sums, kPanel);
-      }
-    }
-#endif
   }
 
   template <int V, int kRowStride, int kStepStride>
