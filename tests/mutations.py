@@ -64,7 +64,7 @@ CPP = (
         "mutant::bf16(load(b.sums + j0 + at) + load(scratch.column_sums + at))",
     ),
     Mutation(
-        "cpp", "nt_xent", BF16, "the products added to a gradient", "csrc/cpu/logit_tiles.h", "load(at) + c[r][v]",
+        "cpp", "nt_xent", BF16, "the products added to a gradient", "csrc/cpu/tile_vector.h", "load(at) + c[r][v]",
         "mutant::bf16(load(at) + c[r][v])", quick=True,
     ),
     Mutation(

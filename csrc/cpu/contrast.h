@@ -52,6 +52,7 @@ struct ContrastKernel : Packing {
   int64_t scratch_bytes;
   void (*pack)(const ContrastJob&, const ContrastSide&, int64_t panel, void* scratch);
   void (*tile)(const ContrastJob&, Pass, const Side& a, const Side& b, int64_t i0, int64_t j0, void* scratch);
+  void (*gather_grad)(const Side&, int64_t dim, int64_t panel);
 };
 
 // parallel(n, body): runs body(begin, end) over a partition of [0, n).
@@ -89,6 +90,8 @@ class ContrastRunner {
     prepare(pass);
     pack_sides();
     each_tile(pass);
+    gather_grad(job_.query.side);
+    if (!job_.symmetric) gather_grad(job_.key.side);
     close_gradients(pass);
   }
 
@@ -127,10 +130,10 @@ class ContrastRunner {
     job_.query.side = side_of(job_.query, kernel_.panel);
     job_.key.side = side_of(job_.key, kernel_.panel);
     workspace_.allocate([&](Workspace& w) {
-      layout.take(w, job_.query.side);
+      layout.take(w, job_.query.side, job_.symmetric ? Role::kBoth : Role::kRows);
       if (pass == Pass::kSigmoidBackward || (pass == Pass::kBackward && kernel_.bf16))
         layout.take_sums(w, job_.query.side);
-      if (!job_.symmetric) layout.take(w, job_.key.side);
+      if (!job_.symmetric) layout.take(w, job_.key.side, Role::kColumns);
       if (job_.skipped) w.take(job_.logits.own_logit, job_.query.side.padded_rows);
       w.take(scratch_, scratch_bytes() * threads_);
     });
@@ -153,10 +156,16 @@ class ContrastRunner {
   }
 
   void pack(const ContrastSide& of) {
-    const int64_t panels = of.side.padded_rows / kernel_.panel, workers = std::min(threads_, panels);
+    each_panel(of.side, [&](int64_t panel, int64_t worker) { kernel_.pack(job_, of, panel, scratch(worker)); });
+  }
+  void gather_grad(const Side& side) {
+    each_panel(side, [&](int64_t panel, int64_t) { kernel_.gather_grad(side, job_.logits.dim, panel); });
+  }
+  template <class F>
+  void each_panel(const Side& side, const F& f) {
+    const int64_t panels = side.padded_rows / kernel_.panel, workers = std::min(threads_, panels);
     parallel_(workers, [&](int64_t begin, int64_t end) {
-      for (int64_t p = panels * begin / workers; p < panels * end / workers; p++)
-        kernel_.pack(job_, of, p, scratch(begin));
+      for (int64_t p = panels * begin / workers; p < panels * end / workers; p++) f(p, begin);
     });
   }
 
@@ -202,7 +211,7 @@ class ContrastRunner {
     lanes_.assign(std::max<int64_t>(wanted, 1), Side{});
     std::vector<ContrastSide> chunks(threads_, job_.key);
     workspace_.allocate([&](Workspace& w) {
-      layout.take(w, job_.query.side);
+      layout.take(w, job_.query.side, Role::kRows);
       if (job_.skipped) w.take(job_.logits.own_logit, query.padded_rows);
       for (Side& lane : lanes_) {
         lane = query;
@@ -212,7 +221,7 @@ class ContrastRunner {
       for (ContrastSide& chunk : chunks) {
         chunk.side = Side{};
         chunk.side.padded_rows = tile;
-        layout.take(w, chunk.side);
+        layout.take(w, chunk.side, Role::kColumns);
         if (job_.attract) layout.take_columns(w, chunk.side);
       }
       w.take(scratch_, scratch_bytes() * threads_);

@@ -33,7 +33,7 @@ void pack_contrast(const ContrastJob& job, const ContrastSide& of, int64_t panel
 template <bool kBf16>
 void contrast_tile(const ContrastJob& job, Pass pass, const Side& a, const Side& b, int64_t i0, int64_t j0,
                    void* scratch) {
-  const TileConfig<kAmx<kBf16>> config;
+  const TileConfig config;
   if (pass == Pass::kForward) return forward_logits<kBf16>(job.logits, a, b, i0, j0, job.attract, scratch);
   LogitTile<kBf16> tile{job.logits, a, b, *static_cast<TileScratch<kBf16>*>(scratch), i0, j0};
   if (pass == Pass::kBackward) return tile.backward();
@@ -44,7 +44,8 @@ void contrast_tile(const ContrastJob& job, Pass pass, const Side& a, const Side&
 template <bool kBf16>
 ContrastKernel contrast_kernel_of() {
   constexpr int64_t tiles = sizeof(TileScratch<kBf16>), packing = sizeof(PackScratch<kBf16>);
-  return {{kPanel, kBf16, kAmx<kBf16>}, tiles > packing ? tiles : packing, pack_contrast<kBf16>, contrast_tile<kBf16>};
+  return {packing_of<kBf16>(), tiles > packing ? tiles : packing, pack_contrast<kBf16>, contrast_tile<kBf16>,
+          gather_grad};
 }
 
 ContrastKernel contrast_kernel(bool bf16) {

@@ -92,7 +92,7 @@ class NtXentRunner {
     job_.logits.triangle = Triangle::kPairs;
     const SideLayout layout{kernel_, dim, backward, false};
     workspace_.allocate([&](Workspace& w) {
-      layout.take(w, z);
+      layout.take(w, z, Role::kBoth);
       if (backward) {
         w.take(job_.grad_temperature_parts, z.padded_rows / kernel_.panel);
       } else {

@@ -67,6 +67,7 @@ inline void backward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
   auto* z = static_cast<float (*)[kChunk]>(scratch);
   auto* g = z + 2;
   double grad_temperature = 0;
+  gather_grad(job.z, job.in.dim, panel);
   for (int64_t row = panel * kPanel; row < min((panel + 1) * kPanel, job.z.rows); row += 2) {
     double positive = 0;  // 1 - p of the positive is -expm1(-loss), exact when p is nearly 1
     for (int64_t v = 0; v < 2; v++) {
@@ -101,24 +102,21 @@ inline void backward_rows(const NtXentJob& job, int64_t panel, void* scratch) {
 
 template <bool kBf16>
 void forward_tile(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) {
-  const TileConfig<kAmx<kBf16>> config;
+  const TileConfig config;
   forward_logits<kBf16>(job.logits, job.z, job.z, i0, j0, false, scratch);
 }
 template <bool kBf16>
 void backward_tile(const NtXentJob& job, int64_t i0, int64_t j0, void* scratch) {
-  const TileConfig<kAmx<kBf16>> config;
+  const TileConfig config;
   LogitTile<kBf16>{job.logits, job.z, job.z, *static_cast<TileScratch<kBf16>*>(scratch), i0, j0}.backward();
 }
 
 template <bool kBf16>
 NtXentKernel kernel_of() {
   constexpr int64_t tiles = sizeof(TileScratch<kBf16>), packing = sizeof(PackScratch<kBf16>);
-  return {{kPanel, kBf16, kAmx<kBf16>},
-          tiles > packing ? tiles : packing,
-          pack<kBf16>,
-          forward_tile<kBf16>,
-          forward_rows,
-          backward_tile<kBf16>,
+  return {packing_of<kBf16>(), tiles > packing ? tiles : packing,
+          pack<kBf16>,         forward_tile<kBf16>,
+          forward_rows,        backward_tile<kBf16>,
           backward_rows};
 }
 

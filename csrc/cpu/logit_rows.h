@@ -1,14 +1,13 @@
 // Reading rows of any dtype and stride, packing them for the tiles, and the scalars that tiles keep for each row.
 // Included by the kernels, once per instruction set.
 #pragma once
-#include "logits.h"
-#include "storage.h"
+#if defined(__AMX_BF16__)
 #include "tile_amx.h"
+#else
+#include "tile_vector.h"
+#endif
 
 namespace sslkernels::SSLK_ISA {
-
-constexpr int64_t kChunk = 512;                // columns of a row handled at a time
-constexpr int64_t kChunkStride = kChunk + 32;  // between rows of a chunk: a power of two would share few cache sets
 
 template <class Type>
 SSLK_INLINE const typename Type::Storage* row_start(const Rows& in, int64_t row, int64_t column) {
@@ -78,56 +77,6 @@ SSLK_INLINE double prepare_row(const Rows& in, const Side& side, int64_t row, fl
   return packed;
 }
 
-// to[k * kPanel + r] = from[r * from_stride + k] for k < steps and the kPanel rows r; `from` may be read to the next
-// multiple of 4.
-SSLK_INLINE void transpose_panel(const uint32_t* from, int64_t from_stride, int64_t steps, uint32_t* to) {
-  for (int64_t k = 0; k < steps; k += 4)
-    for (int r = 0; r < kPanel; r += 4) {
-      Quad row[4];
-      for (int q = 0; q < 4; q++) row[q] = *reinterpret_cast<const Quad*>(from + (r + q) * from_stride + k);
-      transpose(row);
-      for (int q = 0; q < 4 && k + q < steps; q++) *reinterpret_cast<Quad*>(to + (k + q) * kPanel + r) = row[q];
-    }
-}
-
-template <bool kBf16>
-struct PackScratch {
-  alignas(64) float rows[kPanel * kChunkStride];
-  alignas(64) uint16_t halves[kBf16 ? kPanel * kChunkStride : 1];
-};
-
-// Packs columns [column, column + kChunk) of the rows of a panel, which lie in `s.rows`, into `panels` and, where the
-// side has them, into `columns`.
-template <bool kBf16>
-void pack_chunk(const Side& side, int64_t dim, int64_t words, int64_t panel, int64_t column, PackScratch<kBf16>& s) {
-  const int64_t count = min(kChunk, dim - column), padded = (count + kPanel - 1) / kPanel * kPanel;
-  uint32_t* to = side.panels + panel * words * kPanel + column / (kBf16 ? 2 : 1) * kPanel;
-  if constexpr (kBf16) {
-    for (int64_t r = 0; r < kPanel; r++)
-      for (int64_t c = 0; c < padded; c++) s.halves[r * kChunkStride + c] = to_bf16(s.rows[r * kChunkStride + c]);
-    const auto* packed = reinterpret_cast<const uint32_t*>(s.halves);
-    const int64_t steps = min(padded / 2, words - column / 2);
-    transpose_panel(packed, kChunkStride / 2, steps, to);
-    for (int64_t r = 0; side.lefts && r < kPanel; r++)
-      __builtin_memcpy(side.lefts + (panel * kPanel + r) * words + column / 2, packed + r * (kChunkStride / 2),
-                       4 * steps);
-  } else {
-    transpose_panel(reinterpret_cast<const uint32_t*>(s.rows), kChunkStride, count, to);
-  }
-  if (!side.columns) return;
-  constexpr int64_t kPerWord = kBf16 ? 2 : 1;
-  for (int64_t c = 0; c < padded; c += kPanel) {
-    uint32_t* out = side.columns + ((column + c) * side.padded_rows + panel * kPanel * kPanel) / kPerWord;
-    for (int64_t r = 0; r < kPanel; r += kPerWord, out += kPanel)
-      for (int64_t k = 0; k < kPanel; k++) {
-        if constexpr (kBf16)
-          out[k] = s.halves[r * kChunkStride + c + k] | uint32_t{s.halves[(r + 1) * kChunkStride + c + k]} << 16;
-        else
-          out[k] = to_bits(s.rows[r * kChunkStride + c + k]);
-      }
-  }
-}
-
 // Packs a panel of rows, padding with zeros, and sets their scale and residual. chunk(column, count) sees each chunk of
 // the packed rows in `s.rows`.
 template <bool kBf16, class Chunk>
@@ -158,12 +107,14 @@ SSLK_INLINE void clear_sums(const Logits& logits, const Side& side, int64_t pane
     side.sums[row] = 0, side.maxima[row] = -logits.none2;
 }
 
-// Gives a panel a gradient of zeros.
+// Gives a panel gradients of zeros.
 SSLK_INLINE void clear_grad(const Side& side, int64_t dim, int64_t panel) {
-  for (int64_t column = 0; column < dim; column += kPanel) {
-    float* sums = side.grad + column * side.padded_rows + panel * kPanel * kPanel;
-    for (int64_t at = 0; at < kPanel * kPanel; at += kLanes) store(sums + at, Vec{});
-  }
+  float* const grads[] = {side.grad, side.turned_grad};
+  for (float* grad : grads)
+    for (int64_t column = 0; grad && column < dim; column += kPanel) {
+      float* sums = grad + column * side.padded_rows + panel * kPanel * kPanel;
+      for (int64_t at = 0; at < kPanel * kPanel; at += kLanes) store(sums + at, Vec{});
+    }
 }
 
 // What the backward needs of a row: with P its softmax, whose log-sum-exp is given, its share of G is gradient * P.

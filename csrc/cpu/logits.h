@@ -30,15 +30,16 @@ struct Rows {
 // The rows or the columns of the logits: what the tiles read, and what they add up.
 struct Side {
   int64_t rows, padded_rows;
-  int64_t first;      // index of the first row among the columns that Logits::skip names
-  uint32_t* panels;   // [padded_rows / panel][words][panel]: operands of S = A B^T
-  uint32_t* lefts;    // [padded_rows][words]: left operand of S where AMX multiplies
-  uint32_t* columns;  // [dim / panel][padded_rows (bf16: / 2)][panel]: right operand of dA += G B
-  double* scale;      // what turns a row of the input into a row of A
-  float* residual;    // what the packed row still has to be multiplied by (bf16 tiles; otherwise 1)
+  int64_t first;             // index of the first row among the columns that Logits::skip names
+  uint32_t* panels;          // [padded_rows / panel][words][panel]: operands of S = A B^T
+  uint32_t* columns;         // [dim / panel][padded_rows (bf16: / 2)][panel]: right operand of dA += G B
+  uint32_t *lefts, *turned;  // with AMX, see tile_amx.h: left operands of S, and of dB^T += A^T G
+  double* scale;             // what turns a row of the input into a row of A
+  float* residual;           // what the packed row still has to be multiplied by (bf16 tiles; otherwise 1)
   int32_t *id_low, *id_high;
   float *sums, *maxima;  // forward: sum of exp over what takes part, its offset (base 2); backward: see LogitTile
   float* grad;           // [dim / panel][padded_rows][panel]
+  float* turned_grad;  // with AMX: what the side is given as the columns, [dim / panel][padded_rows / panel][dim][row]
   float *weight, *logsumexp2, *logsumexp2_low;  // backward: factor of exp, and offset (base 2) in two parts
 };
 
@@ -89,7 +90,11 @@ struct Packing {
   bool bf16, amx;
 
   int64_t words(int64_t dim) const { return amx ? round_up(dim, 32) / 2 : bf16 ? (dim + 1) / 2 : dim; }
+  int64_t parts() const { return amx && !bf16 ? 3 : 1; }
 };
+
+// What a side is in the tiles.
+enum class Role { kRows, kColumns, kBoth };
 
 // Takes what a side needs from a workspace.
 struct SideLayout {
@@ -99,9 +104,10 @@ struct SideLayout {
 
   int64_t padded_dim() const { return round_up(dim, packing.panel); }
 
-  void take(Workspace& w, Side& s) const {
-    w.take(s.panels, s.padded_rows * packing.words(dim));
-    if (packing.amx) w.take(s.lefts, s.padded_rows * packing.words(dim));
+  void take(Workspace& w, Side& s, Role role) const {
+    const int64_t words = s.padded_rows * packing.words(dim) * packing.parts();
+    if (!packing.amx || role != Role::kRows) w.take(s.panels, words);
+    if (packing.amx && role != Role::kColumns) w.take(s.lefts, words);
     w.take(s.scale, s.padded_rows);
     w.take(s.residual, s.padded_rows);
     if (ids) {
@@ -112,8 +118,9 @@ struct SideLayout {
       take_sums(w, s);
       return;
     }
-    take_columns(w, s);
-    take_grad(w, s);
+    if (!packing.amx || role != Role::kRows) take_columns(w, s);
+    if (packing.amx && role != Role::kColumns) w.take(s.turned, words);
+    take_grads(w, s, role);
     w.take(s.weight, s.padded_rows);
     w.take(s.logsumexp2, s.padded_rows);
     w.take(s.logsumexp2_low, s.padded_rows);
@@ -123,9 +130,15 @@ struct SideLayout {
     w.take(s.maxima, s.padded_rows);
   }
   void take_columns(Workspace& w, Side& s) const {
-    w.take(s.columns, s.padded_rows * padded_dim() / (packing.bf16 ? 2 : 1));
+    w.take(s.columns, s.padded_rows * padded_dim() * packing.parts() / (packing.bf16 || packing.amx ? 2 : 1));
   }
   void take_grad(Workspace& w, Side& s) const { w.take(s.grad, s.padded_rows * padded_dim()); }
+  void take_grads(Workspace& w, Side& s, Role role) const {
+    take_grad(w, s);
+    if (!packing.amx || role == Role::kRows) return;
+    s.turned_grad = s.grad;  // turned where it lies, where there is no other
+    if (role == Role::kBoth) w.take(s.turned_grad, s.padded_rows * padded_dim());
+  }
 };
 
 }  // namespace sslkernels

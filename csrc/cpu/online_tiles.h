@@ -145,7 +145,7 @@ struct OnlineTile : LogitTile<kBf16> {
           c[r][v] = exp2(logit(s, broadcast(a.maxima[i0 + row + r])));
         }
         add_to_row_sums(row, c);
-        if (attract) store_g(row, column, c);
+        if (attract) store_g(row, column, c, true);
         if (!shared) continue;
         SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
             c[r][v] * scratch.row_weights[row + r];

@@ -1,7 +1,10 @@
 // What the processor gives when nothing stands in the way: the rooflines that benchmarks divide by.
 #pragma once
 #include "isa.h"
+#if defined(__AMX_BF16__)
 #include "tile_amx.h"
+#endif
+#include "tile_gemm.h"
 
 namespace sslkernels::SSLK_ISA {
 

@@ -67,7 +67,7 @@ struct SigmoidTile : LogitTile<kBf16> {
       }
       mask_outside(row, column, c);
       add_to_row_sums(row, c);
-      store_g(row, column, c);
+      store_g(row, column, c, false);
     });
     for (int64_t r = 0; r < height; r++) a.sums[i0 + r] += sum(load(scratch.row_sums + r * kLanes));
     accumulate_both();

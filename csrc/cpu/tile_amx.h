@@ -1,32 +1,34 @@
-// Products of bf16 by AMX: 32 x 32 sums in four tile registers, fed by two tiles of the left operand (16 rows of 16
-// words, so row-major) and two of the right (16 steps of 16 columns, as the micro-kernel has them). Without AMX there
-// is nothing here but constants and a TileConfig that does nothing.
+// The products of a tile by AMX: how it wants rows packed, and how it multiplies them.
+//
+// AMX multiplies bf16 alone, sixteen times as fast as the vector units multiply floats. So a float is split into parts,
+// x = x0 + x1 + x2, each rounded to bf16: 3 x 8 digits are all that it has. Of the nine products of two floats' parts
+// the six largest are taken; the others are below 2^-25 of the product. They are added up in fp32, the small ones
+// first, and x0 y0 of two steps at once, so sums round less often than those of a chain of multiply-adds. Parts
+// below 2^-126 count as zero.
+//
+// Everything lies in blocks of 32 x 32 values, each in kParts parts of kPart words, and a part in two halves of 16 x 16
+// words, as the tile registers take them. A word holds two values that are neighbours along the reduction: steps k and
+// k + 16 of a block, but 2k and 2k + 1 in `turned` and `g_by_columns`.
+//
+//   lefts    [panel][dim / 32]: rows x words along dim; left operand of S
+//   panels   [panel][dim / 32]: words along dim x rows; right operand of S
+//   columns  [dim / 32][panel]: words along the rows x dim; right operand of dA += G B
+//   turned   [dim / 32][panel]: dim x words along the rows; left operand of dB^T += A^T G
+//   grad     [dim / 32][panel]: rows x dim; and turned_grad, dim x rows
 #pragma once
-#include "tile_gemm.h"
+#include "tile_scratch.h"
 
 namespace sslkernels::SSLK_ISA {
 
-#if defined(__AMX_BF16__)
-constexpr bool kHasAmx = true;
-#else
-constexpr bool kHasAmx = false;
-#endif
+static_assert(kPanel == 32 && kLanes == 16 && kRows == 8);
+constexpr int64_t kAmxSteps = 16;                  // words along the reduction of a block
+constexpr int64_t kHalf = 256, kPart = 2 * kHalf;  // words
 template <bool kBf16>
-constexpr bool kAmx = kBf16 && kHasAmx;  // whether tiles of this kind are multiplied by AMX
-constexpr int64_t kAmxSide = 32;         // rows and columns of a block
-constexpr int64_t kAmxSteps = 16;        // words along the reduction of a tile
+constexpr int64_t kBlock = kPart * kParts<kBf16>;
 
 // Sets the tile registers up for a while, where they are used; whoever else uses them sets them up again, as their ABI
 // has it.
-template <bool kUsed>
 struct TileConfig {
-  TileConfig() {}  // so that it is not an unused variable
-};
-
-#if defined(__AMX_BF16__)
-
-template <>
-struct TileConfig<true> {
   TileConfig() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -40,69 +42,83 @@ struct TileConfig<true> {
   ~TileConfig() { asm volatile("tilerelease"); }
 };
 
+template <bool kBf16>
+constexpr Packing packing_of() {
+  return {kPanel, kBf16, true};
+}
+
+// ---- tile registers: 0 to 3 hold the sums of a block, 4 and 5 the halves of a left operand, 6 and 7 of a right one
+
 // The macros of amxtileintrin.h do not tell the compiler that a load reads memory.
-#define SSLK_TILE_LOAD(tile, from, stride) \
-  asm volatile("tileloadd (%0, %1), %%tmm" #tile : : "r"(from), "r"(static_cast<int64_t>(stride)) : "memory")
+#define SSLK_TILE_LOAD(tile, from) \
+  asm volatile("tileloadd (%0, %1), %%tmm" #tile : : "r"(from), "r"(int64_t{64}) : "memory")
 #define SSLK_TILE_STORE(tile, to, stride) \
-  asm volatile("tilestored %%tmm" #tile ", (%0, %1)" : : "r"(to), "r"(static_cast<int64_t>(stride)) : "memory")
+  asm volatile("tilestored %%tmm" #tile ", (%0, %1)" : : "r"(to), "r"(int64_t{stride}) : "memory")
 #define SSLK_TILE_ZERO(tile) asm volatile("tilezero %tmm" #tile)
 #define SSLK_TILE_MULTIPLY(sum, left, right) asm volatile("tdpbf16ps %tmm" #right ", %tmm" #left ", %tmm" #sum)
 
-// The sums, kAmxSide rows of kAmxSide: those of `from`, or zeros for null, and where they go. `stride` in floats.
-SSLK_INLINE void load_sums(const float* from, int64_t stride) {
-  if (!from) {
-    SSLK_TILE_ZERO(0);
-    SSLK_TILE_ZERO(1);
-    SSLK_TILE_ZERO(2);
-    SSLK_TILE_ZERO(3);
-    return;
-  }
-  SSLK_TILE_LOAD(0, from, 4 * stride);
-  SSLK_TILE_LOAD(1, from + 16, 4 * stride);
-  SSLK_TILE_LOAD(2, from + 16 * stride, 4 * stride);
-  SSLK_TILE_LOAD(3, from + 16 * stride + 16, 4 * stride);
+SSLK_INLINE void clear_sums() {
+  SSLK_TILE_ZERO(0);
+  SSLK_TILE_ZERO(1);
+  SSLK_TILE_ZERO(2);
+  SSLK_TILE_ZERO(3);
 }
-SSLK_INLINE void store_sums(float* to, int64_t stride) {
-  SSLK_TILE_STORE(0, to, 4 * stride);
-  SSLK_TILE_STORE(1, to + 16, 4 * stride);
-  SSLK_TILE_STORE(2, to + 16 * stride, 4 * stride);
-  SSLK_TILE_STORE(3, to + 16 * stride + 16, 4 * stride);
+SSLK_INLINE void store_sums(float* to) {
+  SSLK_TILE_STORE(0, to, 4 * kPanel);
+  SSLK_TILE_STORE(1, to + 16, 4 * kPanel);
+  SSLK_TILE_STORE(2, to + 16 * kPanel, 4 * kPanel);
+  SSLK_TILE_STORE(3, to + 16 * kPanel + 16, 4 * kPanel);
+}
+SSLK_INLINE void load_left(const uint32_t* part) {
+  SSLK_TILE_LOAD(4, part);
+  SSLK_TILE_LOAD(5, part + kHalf);
+}
+SSLK_INLINE void load_right(const uint32_t* part) {
+  SSLK_TILE_LOAD(6, part);
+  SSLK_TILE_LOAD(7, part + kHalf);
+}
+SSLK_INLINE void multiply_loaded() {
+  SSLK_TILE_MULTIPLY(0, 4, 6);
+  SSLK_TILE_MULTIPLY(2, 5, 6);
+  SSLK_TILE_MULTIPLY(1, 4, 7);
+  SSLK_TILE_MULTIPLY(3, 5, 7);
 }
 
-// sums += A B over the words [begin, end), multiples of kAmxSteps: rows of A lie `a_stride` words apart, step k of B is
-// the kPanel words from b + k * kPanel on.
-SSLK_INLINE void multiply_tiles(int64_t begin, int64_t end, const uint32_t* a, int64_t a_stride, const uint32_t* b) {
-  static_assert(kPanel == kAmxSide);
-  for (int64_t k = begin; k < end; k += kAmxSteps) {
-    SSLK_TILE_LOAD(4, a + k, 4 * a_stride);
-    SSLK_TILE_LOAD(6, b + k * kPanel, 4 * kPanel);
-    SSLK_TILE_LOAD(5, a + 16 * a_stride + k, 4 * a_stride);
-    SSLK_TILE_LOAD(7, b + k * kPanel + 16, 4 * kPanel);
-    SSLK_TILE_MULTIPLY(0, 4, 6);
-    SSLK_TILE_MULTIPLY(2, 5, 6);
-    SSLK_TILE_MULTIPLY(1, 4, 7);
-    SSLK_TILE_MULTIPLY(3, 5, 7);
+// sums := A B over some blocks that follow each other along the reduction.
+template <bool kBf16>
+SSLK_INLINE void multiply_blocks(int64_t blocks, const uint32_t* a, const uint32_t* b) {
+  clear_sums();
+  if constexpr (!kBf16)
+    for (int64_t k = 0; k < blocks * kBlock<kBf16>; k += kBlock<kBf16>) {  // a path that changes one operand at a time
+      load_left(a + k);
+      load_right(b + k + 2 * kPart);
+      multiply_loaded();
+      load_right(b + k + kPart);
+      multiply_loaded();
+      load_left(a + k + kPart);
+      multiply_loaded();
+      load_right(b + k);
+      multiply_loaded();
+      load_left(a + k + 2 * kPart);
+      multiply_loaded();
+    }
+  for (int64_t k = 0; k < blocks * kBlock<kBf16>; k += kBlock<kBf16>) {
+    load_left(a + k);
+    load_right(b + k);
+    multiply_loaded();
   }
 }
 
 // Sums that stay in their registers, of operands that do too; returns the flops.
 inline double multiply_tiles_loop(int64_t iterations) {
   constexpr int kSteps = 16;
-  const TileConfig<true> config;
-  alignas(64) float zeros[256] = {};
-  SSLK_TILE_ZERO(0);
-  SSLK_TILE_ZERO(1);
-  SSLK_TILE_ZERO(2);
-  SSLK_TILE_ZERO(3);
-  SSLK_TILE_LOAD(4, zeros, 64);
-  SSLK_TILE_LOAD(6, zeros, 64);
-  for (int64_t step = 0; step < iterations * kSteps; step++) {
-    SSLK_TILE_MULTIPLY(0, 4, 6);
-    SSLK_TILE_MULTIPLY(1, 4, 6);
-    SSLK_TILE_MULTIPLY(2, 4, 6);
-    SSLK_TILE_MULTIPLY(3, 4, 6);
-  }
-  return 2.0 * iterations * kSteps * 4 * 16 * 16 * 32;
+  const TileConfig config;
+  alignas(64) uint32_t zeros[kPart] = {};
+  clear_sums();
+  load_left(zeros);
+  load_right(zeros);
+  for (int64_t step = 0; step < iterations * kSteps; step++) multiply_loaded();
+  return 2.0 * iterations * kSteps * 32 * 32 * 32;
 }
 
 #undef SSLK_TILE_LOAD
@@ -110,6 +126,219 @@ inline double multiply_tiles_loop(int64_t iterations) {
 #undef SSLK_TILE_ZERO
 #undef SSLK_TILE_MULTIPLY
 
-#endif
+// ---- parts
+
+SSLK_INLINE VecWord pair_up(VecWord low, VecWord high) { return low >> 16 | (high & 0xffff0000u); }
+
+// Takes a part of each of some vectors, its bits in the upper halves of words, and leaves the rest to the next. Parts
+// are rounded to nearest; the last of three is exact.
+template <bool kBf16, int kIndex, int kCount>
+SSLK_INLINE void take_part(Vec (&c)[kCount], VecWord (&part)[kCount]) {
+  SSLK_UNROLL for (int i = 0; i < kCount; i++) {
+    part[i] = (VecWord)c[i];
+    if (kBf16 || kIndex < 2) part[i] += 0x8000;
+    if (kIndex < kParts<kBf16> - 1) c[i] -= (Vec)(part[i] & 0xffff0000u);
+  }
+}
+
+template <int kIndex>
+struct Index {
+  static constexpr int value = kIndex;
+};
+// f(index) for every part, the index being a constant.
+template <bool kBf16, class F>
+SSLK_INLINE void each_part(const F& f) {
+  f(Index<0>{});
+  if constexpr (!kBf16) f(Index<1>{}), f(Index<2>{});
+}
+
+// ---- packing
+
+template <bool kBf16>
+struct PackScratch {
+  alignas(64) float rows[kPanel * kChunkStride];
+  alignas(64) float rest[kPanel * kPanel];     // of a block: what its parts so far leave
+  alignas(64) uint32_t part[kPanel * kPanel];  // the part's bits, in upper halves
+  alignas(64) uint32_t words[kPart];
+};
+
+// A half, transposed.
+SSLK_INLINE void transpose_half(const uint32_t* from, uint32_t* to) {
+  for (int k = 0; k < 16; k += 4)
+    for (int r = 0; r < 16; r += 4) {
+      Quad row[4];
+      for (int q = 0; q < 4; q++) row[q] = *reinterpret_cast<const Quad*>(from + (r + q) * 16 + k);
+      transpose(row);
+      for (int q = 0; q < 4; q++) *reinterpret_cast<Quad*>(to + (k + q) * 16 + r) = row[q];
+    }
+}
+
+template <bool kBf16, int kIndex>
+SSLK_INLINE void take_part_of_block(PackScratch<kBf16>& s) {
+  for (int64_t at = 0; at < kPanel * kPanel; at += kLanes) {
+    Vec c[1] = {load(s.rest + at)};
+    VecWord part[1];
+    take_part<kBf16, kIndex>(c, part);
+    store(s.part + at, (Vec)part[0]);
+    store(s.rest + at, c[0]);
+  }
+}
+
+// Packs a part of a block, of the 32 columns from `column` on.
+template <bool kBf16>
+SSLK_INLINE void pack_part(const Side& side, int64_t blocks, int64_t panel, int64_t column, int64_t index,
+                           PackScratch<kBf16>& s) {
+  const auto part = [&](int64_t row, int64_t half) { return (VecWord)load(s.part + row * kPanel + half * kLanes); };
+  const int64_t along_dim = (panel * blocks + column / kPanel) * kBlock<kBf16> + index * kPart;
+  const int64_t along_rows = (column / kPanel * (side.padded_rows / kPanel) + panel) * kBlock<kBf16> + index * kPart;
+  uint32_t* lefts = side.lefts ? side.lefts + along_dim : s.words;
+  for (int64_t r = 0; r < kPanel; r++) store(lefts + r * kLanes, (Vec)pair_up(part(r, 0), part(r, 1)));
+  for (int64_t half = 0; side.panels && half < kPart; half += kHalf)
+    transpose_half(lefts + half, side.panels + along_dim + half);
+  for (int64_t half = 0; half < 2; half++)
+    for (int64_t k = 0; side.columns && k < kAmxSteps; k++)
+      store(side.columns + along_rows + half * kHalf + k * kLanes,
+            (Vec)pair_up(part(k, half), part(k + kAmxSteps, half)));
+  for (int64_t half = 0; side.turned && half < 2; half++) {
+    for (int64_t k = 0; k < kAmxSteps; k++)
+      store(s.words + k * kLanes, (Vec)pair_up(part(2 * k, half), part(2 * k + 1, half)));
+    transpose_half(s.words, side.turned + along_rows + half * kHalf);
+  }
+}
+
+// Packs columns [column, column + kChunk) of the rows of a panel, which lie in `s.rows`, padded with zeros to a
+// multiple of kPanel, into whatever the side has.
+template <bool kBf16>
+void pack_chunk(const Side& side, int64_t dim, int64_t words, int64_t panel, int64_t column, PackScratch<kBf16>& s) {
+  for (int64_t c = 0; c < min(kChunk, dim - column); c += kPanel) {
+    for (int64_t r = 0; r < kPanel; r++)
+      for (int64_t v = 0; v < kPanel; v += kLanes)
+        store(s.rest + r * kPanel + v, load(s.rows + r * kChunkStride + c + v));
+    each_part<kBf16>([&](auto index) {
+      take_part_of_block<kBf16, decltype(index)::value>(s);
+      pack_part<kBf16>(side, words / kAmxSteps, panel, column + c, decltype(index)::value, s);
+    });
+  }
+}
+
+// Adds what a panel was given by the columns' side of tiles to what it was given by the rows', or only turns it.
+SSLK_INLINE void gather_grad(const Side& side, int64_t dim, int64_t panel) {
+  if (!side.turned_grad) return;
+  for (int64_t column = 0; column < dim; column += kPanel) {
+    const int64_t at = column * side.padded_rows + panel * kPanel * kPanel;
+    float turned[kPanel * kPanel];
+    for (int64_t d = 0; d < kPanel; d++)
+      for (int64_t r = 0; r < kPanel; r++) turned[r * kPanel + d] = side.turned_grad[at + d * kPanel + r];
+    const bool add = side.grad != side.turned_grad;
+    for (int64_t k = 0; k < kPanel * kPanel; k++) side.grad[at + k] = turned[k] + (add ? side.grad[at + k] : 0);
+  }
+}
+
+// ---- products
+
+template <bool kBf16>
+struct TileProducts : TilePlace<kBf16> {
+  typedef TilePlace<kBf16> Place;
+  typedef Block<kVecs> FullBlock;
+  static constexpr int64_t kBlockRows = kPanel;  // of S between two visits of a block
+  static constexpr int64_t kTileBlocks = kMaxTile / kPanel;
+  using Place::a;
+  using Place::b;
+  using Place::diagonal;
+  using Place::height;
+  using Place::i0;
+  using Place::j0;
+  using Place::logits;
+  using Place::scratch;
+  using Place::width;
+
+  // Without a bound logits may be large, and so are the effects of their rounding: shorter sums, which round less.
+  int64_t steps_at_once() const {
+    return logits.bounded || !kBf16 ? 256 : min(256, round_up(logits.words / 4, kAmxSteps));
+  }
+
+  // take(row, block) gets A B^T over the words [k, k + steps) of kRows rows and kPanel columns, for kBlockRows rows.
+  template <class Take>
+  SSLK_INLINE void multiply_block(int64_t row, int64_t column, int64_t k, int64_t steps, const Take& take) const {
+    const int64_t blocks = logits.words / kAmxSteps, first = k / kAmxSteps;
+    multiply_blocks<kBf16>(steps / kAmxSteps, a.lefts + ((i0 + row) / kPanel * blocks + first) * kBlock<kBf16>,
+                           b.panels + ((j0 + column) / kPanel * blocks + first) * kBlock<kBf16>);
+    store_sums(scratch.block);
+    for (int64_t part = 0; part < kPanel; part += kRows) {
+      FullBlock c;
+      SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
+          load(scratch.block + (part + r) * kPanel + v * kLanes);
+      take(row + part, c);
+    }
+  }
+
+  uint32_t* g_by_rows(int64_t row, int64_t column) const {
+    return scratch.g_by_rows + (row / kPanel * kTileBlocks + column / kPanel) * kBlock<kBf16>;
+  }
+  uint32_t* g_by_columns(int64_t row, int64_t column) const {
+    return scratch.g_by_columns + (column / kPanel * kTileBlocks + row / kPanel) * kBlock<kBf16>;
+  }
+
+  // Stores G as the left operand of the rows' product and the right operand of the columns'. In bf16 it meets the
+  // packed rows, so the factor that is missing from them goes in first: that of the column's row for dz_i, of the row
+  // for dz_j.
+  SSLK_INLINE void store_g(int64_t row, int64_t column, const FullBlock& c, bool rows_alone) const {
+    uint32_t* const by_rows = g_by_rows(row, column) + row % kPanel * kLanes;
+    uint32_t* const by_columns = g_by_columns(row, column) + row % kPanel / 2 * kLanes;
+    SSLK_UNROLL for (int r = 0; r < kRows; r += 2) {
+      Vec rest[4] = {c[r][0], c[r][1], c[r + 1][0], c[r + 1][1]}, turned[4];
+      if constexpr (kBf16) {
+        SSLK_UNROLL for (int i = 0; i < 4; i++) {
+          turned[i] = rest[i] * a.residual[i0 + row + r + i / 2];
+          rest[i] *= load(b.residual + j0 + column + i % 2 * kLanes);
+        }
+      }
+      each_part<kBf16>([&](auto index) __attribute__((always_inline)) {
+        constexpr int64_t kAt = decltype(index)::value * kPart;
+        VecWord part[4];
+        take_part<kBf16, decltype(index)::value>(rest, part);
+        store(by_rows + kAt + r * kLanes, (Vec)pair_up(part[0], part[1]));
+        store(by_rows + kAt + (r + 1) * kLanes, (Vec)pair_up(part[2], part[3]));
+        if (rows_alone) return;
+        if constexpr (kBf16) take_part<kBf16, 0>(turned, part);
+        store(by_columns + kAt + r / 2 * kLanes, (Vec)pair_up(part[0], part[2]));
+        store(by_columns + kAt + kHalf + r / 2 * kLanes, (Vec)pair_up(part[1], part[3]));
+      });
+    }
+  }
+
+  // a.grad += G B
+  void accumulate_rows() const {
+    for (int64_t column = 0; column < logits.dim; column += kPanel) {
+      const uint32_t* right = b.columns + (column * b.padded_rows + j0 * kPanel) / (kPanel * kPanel) * kBlock<kBf16>;
+      float* out = a.grad + column * a.padded_rows + i0 * kPanel;
+      for (int64_t row = 0; row < height; row += kPanel) {
+        const int64_t begin = diagonal ? row / kPanel : 0;
+        multiply_blocks<kBf16>(width / kPanel - begin, g_by_rows(row, begin * kPanel), right + begin * kBlock<kBf16>);
+        add_sums(out + row * kPanel);
+      }
+    }
+  }
+  // b.turned_grad += A^T G
+  void accumulate_columns() const {
+    for (int64_t column = 0; column < logits.dim; column += kPanel) {
+      const uint32_t* left = a.turned + (column * a.padded_rows + i0 * kPanel) / (kPanel * kPanel) * kBlock<kBf16>;
+      float* out = b.turned_grad + column * b.padded_rows + j0 * kPanel;
+      for (int64_t j = 0; j < width; j += kPanel) {
+        multiply_blocks<kBf16>(diagonal ? j / kPanel + 1 : height / kPanel, left, g_by_columns(0, j));
+        add_sums(out + j * kPanel);
+      }
+    }
+  }
+  void accumulate_both() const {
+    accumulate_rows();
+    accumulate_columns();
+  }
+
+  SSLK_INLINE void add_sums(float* out) const {
+    store_sums(scratch.block);
+    for (int64_t at = 0; at < kPanel * kPanel; at += kLanes) store(out + at, load(out + at) + load(scratch.block + at));
+  }
+};
 
 }  // namespace sslkernels::SSLK_ISA
