@@ -26,7 +26,7 @@ void pack_contrast(const ContrastJob& job, const ContrastSide& of, int64_t panel
     if (of.logsumexp)
       prepare_gradient(job.logits, side, row, gradient, of.logsumexp[row]);
     else
-      side.weight[row] = static_cast<float>(gradient);
+      side.weight[row] = plain_nan(gradient);
   }
 }
 

@@ -62,6 +62,9 @@ inline double row_norm(const Rows& in, int64_t row, float* buffer) {
   return __builtin_sqrt(square);
 }
 
+// As a float; of a NaN no bits but those that are left of it in bf16.
+SSLK_INLINE float plain_nan(double x) { return x == x ? static_cast<float>(x) : __builtin_nanf(""); }
+
 // Sets scale and residual of a row; returns the factor to pack it with. fp32 tiles hold the row of A itself; bf16 tiles
 // hold the input times a power of two, which is exact for bf16 inputs, and leave the rest to `residual`.
 template <bool kBf16>
@@ -73,7 +76,7 @@ SSLK_INLINE double prepare_row(const Rows& in, const Side& side, int64_t row, fl
     if (kBf16 && __builtin_isfinite(length)) packed = __builtin_ldexp(1.0, -__builtin_ilogb(length));
   }
   side.scale[row] = scale;
-  side.residual[row] = static_cast<float>(scale / packed);
+  side.residual[row] = plain_nan(scale / packed);
   return packed;
 }
 
@@ -125,7 +128,7 @@ SSLK_INLINE void prepare_gradient(const Logits& logits, const Side& side, int64_
   const bool empty = logsumexp < -1e300;
   const double offset = empty ? 0 : logsumexp * kLog2E, bound = logits.bound2 / kLog2E;
   const double weight = logits.bounded ? gradient * __builtin_exp(bound - logsumexp) : gradient;
-  side.weight[row] = empty ? 0 : static_cast<float>(weight);
+  side.weight[row] = empty ? 0 : plain_nan(weight);
   side.logsumexp2[row] = static_cast<float>(offset);
   side.logsumexp2_low[row] = static_cast<float>(offset - side.logsumexp2[row]);
 }

@@ -2,9 +2,9 @@
 //
 // AMX multiplies bf16 alone, sixteen times as fast as the vector units multiply floats. So a float is split into parts,
 // x = x0 + x1 + x2, each rounded to bf16: 3 x 8 digits are all that it has. Of the nine products of two floats' parts
-// the six largest are taken; the others are below 2^-25 of the product. They are added up in fp32, the small ones
-// first, and x0 y0 of two steps at once, so sums round less often than those of a chain of multiply-adds. Parts
-// below 2^-126 count as zero.
+// the six largest are taken; the others are below 2^-25 of the product. They are added up in fp32, two steps at once,
+// so sums round less than those of a chain of multiply-adds (a third to a half, measured). Parts below 2^-126 count as
+// zero.
 //
 // Everything lies in blocks of 32 x 32 values, each in kParts parts of kPart words, and a part in two halves of 16 x 16
 // words, as the tile registers take them. A word holds two values that are neighbours along the reduction: steps k and
@@ -52,6 +52,9 @@ constexpr Packing packing_of() {
 // The macros of amxtileintrin.h do not tell the compiler that a load reads memory.
 #define SSLK_TILE_LOAD(tile, from) \
   asm volatile("tileloadd (%0, %1), %%tmm" #tile : : "r"(from), "r"(int64_t{64}) : "memory")
+// The hint leaves the first cache to the other operand.
+#define SSLK_TILE_STREAM(tile, from) \
+  asm volatile("tileloaddt1 (%0, %1), %%tmm" #tile : : "r"(from), "r"(int64_t{64}) : "memory")
 #define SSLK_TILE_STORE(tile, to, stride) \
   asm volatile("tilestored %%tmm" #tile ", (%0, %1)" : : "r"(to), "r"(int64_t{stride}) : "memory")
 #define SSLK_TILE_ZERO(tile) asm volatile("tilezero %tmm" #tile)
@@ -70,8 +73,8 @@ SSLK_INLINE void store_sums(float* to) {
   SSLK_TILE_STORE(3, to + 16 * kPanel + 16, 4 * kPanel);
 }
 SSLK_INLINE void load_left(const uint32_t* part) {
-  SSLK_TILE_LOAD(4, part);
-  SSLK_TILE_LOAD(5, part + kHalf);
+  SSLK_TILE_STREAM(4, part);
+  SSLK_TILE_STREAM(5, part + kHalf);
 }
 SSLK_INLINE void load_right(const uint32_t* part) {
   SSLK_TILE_LOAD(6, part);
@@ -84,28 +87,28 @@ SSLK_INLINE void multiply_loaded() {
   SSLK_TILE_MULTIPLY(3, 5, 7);
 }
 
-// sums := A B over some blocks that follow each other along the reduction.
-template <bool kBf16>
-SSLK_INLINE void multiply_blocks(int64_t blocks, const uint32_t* a, const uint32_t* b) {
+// sums := A B over some blocks that follow each other along the reduction; meanwhile() is called after each of them.
+template <bool kBf16, class Meanwhile>
+SSLK_INLINE void multiply_blocks(int64_t blocks, const uint32_t* a, const uint32_t* b, const Meanwhile& meanwhile) {
   clear_sums();
-  if constexpr (!kBf16)
-    for (int64_t k = 0; k < blocks * kBlock<kBf16>; k += kBlock<kBf16>) {  // a path that changes one operand at a time
-      load_left(a + k);
-      load_right(b + k + 2 * kPart);
+  for (int64_t k = 0; k < blocks; k++, a += kBlock<kBf16>, b += kBlock<kBf16>) {
+    if constexpr (!kBf16) {  // a path that changes one operand at a time, and ends with the largest product
+      load_left(a);
+      load_right(b + 2 * kPart);
       multiply_loaded();
-      load_right(b + k + kPart);
+      load_right(b + kPart);
       multiply_loaded();
-      load_left(a + k + kPart);
+      load_left(a + kPart);
       multiply_loaded();
-      load_right(b + k);
+      load_right(b);
       multiply_loaded();
-      load_left(a + k + 2 * kPart);
+      load_left(a + 2 * kPart);
       multiply_loaded();
     }
-  for (int64_t k = 0; k < blocks * kBlock<kBf16>; k += kBlock<kBf16>) {
-    load_left(a + k);
-    load_right(b + k);
+    load_left(a);
+    if (kBf16) load_right(b);
     multiply_loaded();
+    meanwhile();
   }
 }
 
@@ -122,6 +125,7 @@ inline double multiply_tiles_loop(int64_t iterations) {
 }
 
 #undef SSLK_TILE_LOAD
+#undef SSLK_TILE_STREAM
 #undef SSLK_TILE_STORE
 #undef SSLK_TILE_ZERO
 #undef SSLK_TILE_MULTIPLY
@@ -130,13 +134,12 @@ inline double multiply_tiles_loop(int64_t iterations) {
 
 SSLK_INLINE VecWord pair_up(VecWord low, VecWord high) { return low >> 16 | (high & 0xffff0000u); }
 
-// Takes a part of each of some vectors, its bits in the upper halves of words, and leaves the rest to the next. Parts
-// are rounded to nearest; the last of three is exact.
+// Takes a part of each of some vectors, its bits in the upper halves of words, and leaves the rest to the next; the
+// last of three is exact. Ties go away from zero, and a NaN whose bits are all ones is not taken for one.
 template <bool kBf16, int kIndex, int kCount>
 SSLK_INLINE void take_part(Vec (&c)[kCount], VecWord (&part)[kCount]) {
   SSLK_UNROLL for (int i = 0; i < kCount; i++) {
-    part[i] = (VecWord)c[i];
-    if (kBf16 || kIndex < 2) part[i] += 0x8000;
+    part[i] = (VecWord)c[i] + (kBf16 || kIndex < 2 ? 0x8000 : 0);
     if (kIndex < kParts<kBf16> - 1) c[i] -= (Vec)(part[i] & 0xffff0000u);
   }
 }
@@ -157,52 +160,71 @@ SSLK_INLINE void each_part(const F& f) {
 template <bool kBf16>
 struct PackScratch {
   alignas(64) float rows[kPanel * kChunkStride];
-  alignas(64) float rest[kPanel * kPanel];     // of a block: what its parts so far leave
-  alignas(64) uint32_t part[kPanel * kPanel];  // the part's bits, in upper halves
-  alignas(64) uint32_t words[kPart];
+  alignas(64) uint32_t lefts[kBlock<kBf16>], turned[kBlock<kBf16>];  // of a block; `turned` not yet so
 };
 
+// Rows of 16 words, transposed: the words are gathered from two rows, then pairs of them, then four, then eight.
+SSLK_INLINE void transpose(VecWord (&row)[16]) {
+  constexpr VecWord kLow1 = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30},
+                    kLow2 = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29},
+                    kLow4 = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27},
+                    kLow8 = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  const auto exchange = [&](int distance, VecWord low) __attribute__((always_inline)) {
+    SSLK_UNROLL for (int r = 0; r < 16; r++) {
+      if (r & distance) continue;
+      const VecWord upper = row[r], lower = row[r + distance];
+      row[r] = __builtin_shuffle(upper, lower, low);
+      row[r + distance] = __builtin_shuffle(upper, lower, low + static_cast<uint32_t>(distance));
+    }
+  };
+  exchange(1, kLow1);
+  exchange(2, kLow2);
+  exchange(4, kLow4);
+  exchange(8, kLow8);
+}
 // A half, transposed.
 SSLK_INLINE void transpose_half(const uint32_t* from, uint32_t* to) {
-  for (int k = 0; k < 16; k += 4)
-    for (int r = 0; r < 16; r += 4) {
-      Quad row[4];
-      for (int q = 0; q < 4; q++) row[q] = *reinterpret_cast<const Quad*>(from + (r + q) * 16 + k);
-      transpose(row);
-      for (int q = 0; q < 4; q++) *reinterpret_cast<Quad*>(to + (k + q) * 16 + r) = row[q];
-    }
+  VecWord row[16];
+  SSLK_UNROLL for (int r = 0; r < 16; r++) row[r] = (VecWord)load(from + r * 16);
+  transpose(row);
+  SSLK_UNROLL for (int r = 0; r < 16; r++) store(to + r * 16, (Vec)row[r]);
 }
 
-template <bool kBf16, int kIndex>
-SSLK_INLINE void take_part_of_block(PackScratch<kBf16>& s) {
-  for (int64_t at = 0; at < kPanel * kPanel; at += kLanes) {
-    Vec c[1] = {load(s.rest + at)};
-    VecWord part[1];
-    take_part<kBf16, kIndex>(c, part);
-    store(s.part + at, (Vec)part[0]);
-    store(s.rest + at, c[0]);
-  }
-}
-
-// Packs a part of a block, of the 32 columns from `column` on.
+// Packs 32 columns of the rows of a panel into a block of all that the side has.
 template <bool kBf16>
-SSLK_INLINE void pack_part(const Side& side, int64_t blocks, int64_t panel, int64_t column, int64_t index,
-                           PackScratch<kBf16>& s) {
-  const auto part = [&](int64_t row, int64_t half) { return (VecWord)load(s.part + row * kPanel + half * kLanes); };
-  const int64_t along_dim = (panel * blocks + column / kPanel) * kBlock<kBf16> + index * kPart;
-  const int64_t along_rows = (column / kPanel * (side.padded_rows / kPanel) + panel) * kBlock<kBf16> + index * kPart;
-  uint32_t* lefts = side.lefts ? side.lefts + along_dim : s.words;
-  for (int64_t r = 0; r < kPanel; r++) store(lefts + r * kLanes, (Vec)pair_up(part(r, 0), part(r, 1)));
-  for (int64_t half = 0; side.panels && half < kPart; half += kHalf)
-    transpose_half(lefts + half, side.panels + along_dim + half);
-  for (int64_t half = 0; half < 2; half++)
-    for (int64_t k = 0; side.columns && k < kAmxSteps; k++)
-      store(side.columns + along_rows + half * kHalf + k * kLanes,
-            (Vec)pair_up(part(k, half), part(k + kAmxSteps, half)));
-  for (int64_t half = 0; side.turned && half < 2; half++) {
-    for (int64_t k = 0; k < kAmxSteps; k++)
-      store(s.words + k * kLanes, (Vec)pair_up(part(2 * k, half), part(2 * k + 1, half)));
-    transpose_half(s.words, side.turned + along_rows + half * kHalf);
+SSLK_INLINE void pack_block(const float* rows, uint32_t* lefts, uint32_t* panels, uint32_t* columns, uint32_t* turned,
+                            PackScratch<kBf16>& s) {
+  uint32_t* const by_rows = lefts ? lefts : s.lefts;
+  for (int64_t k = 0; k < 8; k++) {
+    const int64_t row[] = {2 * k, 2 * k + 1, 16 + 2 * k, 17 + 2 * k};
+    Vec rest[8];
+    SSLK_UNROLL for (int i = 0; i < 8; i++) {
+      rest[i] = load(rows + row[i / 2] * kChunkStride + i % 2 * kLanes);
+      if (kBf16) rest[i] = rest[i] == rest[i] ? rest[i] : broadcast(__builtin_nanf(""));  // which take_part knows
+    }
+    each_part<kBf16>([&](auto index) __attribute__((always_inline)) {
+      constexpr int64_t kAt = decltype(index)::value * kPart;
+      VecWord part[8];
+      take_part<kBf16, decltype(index)::value>(rest, part);
+      SSLK_UNROLL for (int r = 0; r < 4; r++)
+          store(by_rows + kAt + row[r] * kLanes, (Vec)pair_up(part[2 * r], part[2 * r + 1]));
+      SSLK_UNROLL for (int half = 0; half < 2; half++) {
+        if (columns) {
+          uint32_t* const to = columns + kAt + half * kHalf + 2 * k * kLanes;
+          store(to, (Vec)pair_up(part[half], part[4 + half]));
+          store(to + kLanes, (Vec)pair_up(part[2 + half], part[6 + half]));
+        }
+        if (turned) {
+          uint32_t* const to = s.turned + kAt + half * kHalf + k * kLanes;
+          store(to, (Vec)pair_up(part[half], part[2 + half]));
+          store(to + kHalf / 2, (Vec)pair_up(part[4 + half], part[6 + half]));
+        }
+      }
+    });
+  }
+  for (int64_t half = 0; half < kBlock<kBf16>; half += kHalf) {
+    if (panels) transpose_half(by_rows + half, panels + half);
+    if (turned) transpose_half(s.turned + half, turned + half);
   }
 }
 
@@ -210,31 +232,68 @@ SSLK_INLINE void pack_part(const Side& side, int64_t blocks, int64_t panel, int6
 // multiple of kPanel, into whatever the side has.
 template <bool kBf16>
 void pack_chunk(const Side& side, int64_t dim, int64_t words, int64_t panel, int64_t column, PackScratch<kBf16>& s) {
+  const auto part_of = [](uint32_t* of, int64_t block) { return of ? of + block * kBlock<kBf16> : nullptr; };
   for (int64_t c = 0; c < min(kChunk, dim - column); c += kPanel) {
-    for (int64_t r = 0; r < kPanel; r++)
-      for (int64_t v = 0; v < kPanel; v += kLanes)
-        store(s.rest + r * kPanel + v, load(s.rows + r * kChunkStride + c + v));
-    each_part<kBf16>([&](auto index) {
-      take_part_of_block<kBf16, decltype(index)::value>(s);
-      pack_part<kBf16>(side, words / kAmxSteps, panel, column + c, decltype(index)::value, s);
-    });
+    const int64_t block = (column + c) / kPanel, along_dim = panel * (words / kAmxSteps) + block,
+                  along_rows = block * (side.padded_rows / kPanel) + panel;
+    pack_block<kBf16>(s.rows + c, part_of(side.lefts, along_dim), part_of(side.panels, along_dim),
+                      part_of(side.columns, along_rows), part_of(side.turned, along_rows), s);
   }
 }
 
 // Adds what a panel was given by the columns' side of tiles to what it was given by the rows', or only turns it.
 SSLK_INLINE void gather_grad(const Side& side, int64_t dim, int64_t panel) {
   if (!side.turned_grad) return;
+  const bool alone = side.grad == side.turned_grad;
   for (int64_t column = 0; column < dim; column += kPanel) {
     const int64_t at = column * side.padded_rows + panel * kPanel * kPanel;
-    float turned[kPanel * kPanel];
-    for (int64_t d = 0; d < kPanel; d++)
-      for (int64_t r = 0; r < kPanel; r++) turned[r * kPanel + d] = side.turned_grad[at + d * kPanel + r];
-    const bool add = side.grad != side.turned_grad;
-    for (int64_t k = 0; k < kPanel * kPanel; k++) side.grad[at + k] = turned[k] + (add ? side.grad[at + k] : 0);
+    VecWord quarter[4][16];
+    for (int q = 0; q < 4; q++) {
+      const float* from = side.turned_grad + at + q / 2 * 16 * kPanel + q % 2 * 16;
+      SSLK_UNROLL for (int r = 0; r < 16; r++) quarter[q][r] = (VecWord)load(from + r * kPanel);
+      transpose(quarter[q]);
+    }
+    for (int q = 0; q < 4; q++) {
+      float* to = side.grad + at + q % 2 * 16 * kPanel + q / 2 * 16;
+      for (int r = 0; r < 16; r++, to += kPanel) store(to, (Vec)quarter[q][r] + (alone ? Vec{} : load(to)));
+    }
   }
 }
 
 // ---- products
+
+// Adds blocks of sums to a gradient: each while the next is multiplied, since the tile unit is slow to hand them over.
+class BlockAdder {
+ public:
+  explicit SSLK_INLINE BlockAdder(float (&blocks)[2][kPanel * kPanel]) : blocks_(blocks) {}
+
+  // Takes the sums in the registers; those before are added.
+  SSLK_INLINE void take(float* out) {
+    add_all();
+    filled_ = !filled_;
+    store_sums(blocks_[filled_]);
+    out_ = out;
+    added_ = 0;
+  }
+  // A share of them, as many as a tile has blocks along a side.
+  SSLK_INLINE void add_some() {
+    if (!out_ || added_ == kPanel * kPanel) return;
+    const float* from = blocks_[filled_] + added_;
+    float* to = out_ + added_;
+    SSLK_UNROLL for (int64_t at = 0; at < kShare; at += kLanes) store(to + at, load(to + at) + load(from + at));
+    added_ += kShare;
+  }
+  SSLK_INLINE void add_all() {
+    while (out_ && added_ < kPanel * kPanel) add_some();
+  }
+
+ private:
+  static constexpr int64_t kShare = kPanel * kPanel / (kMaxTile / kPanel);
+  float (&blocks_)[2][kPanel * kPanel];
+  float* out_ = nullptr;
+  int64_t added_ = 0;
+  int filled_ = 0;
+};
 
 template <bool kBf16>
 struct TileProducts : TilePlace<kBf16> {
@@ -262,12 +321,12 @@ struct TileProducts : TilePlace<kBf16> {
   SSLK_INLINE void multiply_block(int64_t row, int64_t column, int64_t k, int64_t steps, const Take& take) const {
     const int64_t blocks = logits.words / kAmxSteps, first = k / kAmxSteps;
     multiply_blocks<kBf16>(steps / kAmxSteps, a.lefts + ((i0 + row) / kPanel * blocks + first) * kBlock<kBf16>,
-                           b.panels + ((j0 + column) / kPanel * blocks + first) * kBlock<kBf16>);
-    store_sums(scratch.block);
+                           b.panels + ((j0 + column) / kPanel * blocks + first) * kBlock<kBf16>, [] {});
+    store_sums(scratch.blocks[0]);
     for (int64_t part = 0; part < kPanel; part += kRows) {
       FullBlock c;
       SSLK_UNROLL for (int r = 0; r < kRows; r++) SSLK_UNROLL for (int v = 0; v < kVecs; v++) c[r][v] =
-          load(scratch.block + (part + r) * kPanel + v * kLanes);
+          load(scratch.blocks[0] + (part + r) * kPanel + v * kLanes);
       take(row + part, c);
     }
   }
@@ -309,35 +368,36 @@ struct TileProducts : TilePlace<kBf16> {
 
   // a.grad += G B
   void accumulate_rows() const {
+    BlockAdder adder{scratch.blocks};
     for (int64_t column = 0; column < logits.dim; column += kPanel) {
       const uint32_t* right = b.columns + (column * b.padded_rows + j0 * kPanel) / (kPanel * kPanel) * kBlock<kBf16>;
       float* out = a.grad + column * a.padded_rows + i0 * kPanel;
       for (int64_t row = 0; row < height; row += kPanel) {
         const int64_t begin = diagonal ? row / kPanel : 0;
-        multiply_blocks<kBf16>(width / kPanel - begin, g_by_rows(row, begin * kPanel), right + begin * kBlock<kBf16>);
-        add_sums(out + row * kPanel);
+        multiply_blocks<kBf16>(width / kPanel - begin, g_by_rows(row, begin * kPanel), right + begin * kBlock<kBf16>,
+                               [&]() __attribute__((always_inline)) { adder.add_some(); });
+        adder.take(out + row * kPanel);
       }
     }
+    adder.add_all();
   }
   // b.turned_grad += A^T G
   void accumulate_columns() const {
+    BlockAdder adder{scratch.blocks};
     for (int64_t column = 0; column < logits.dim; column += kPanel) {
       const uint32_t* left = a.turned + (column * a.padded_rows + i0 * kPanel) / (kPanel * kPanel) * kBlock<kBf16>;
       float* out = b.turned_grad + column * b.padded_rows + j0 * kPanel;
       for (int64_t j = 0; j < width; j += kPanel) {
-        multiply_blocks<kBf16>(diagonal ? j / kPanel + 1 : height / kPanel, left, g_by_columns(0, j));
-        add_sums(out + j * kPanel);
+        multiply_blocks<kBf16>(diagonal ? j / kPanel + 1 : height / kPanel, left, g_by_columns(0, j),
+                               [&]() __attribute__((always_inline)) { adder.add_some(); });
+        adder.take(out + j * kPanel);
       }
     }
+    adder.add_all();
   }
   void accumulate_both() const {
     accumulate_rows();
     accumulate_columns();
-  }
-
-  SSLK_INLINE void add_sums(float* out) const {
-    store_sums(scratch.block);
-    for (int64_t at = 0; at < kPanel * kPanel; at += kLanes) store(out + at, load(out + at) + load(scratch.block + at));
   }
 };
 

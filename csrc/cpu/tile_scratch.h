@@ -25,9 +25,9 @@ struct TileScratch {
   static constexpr int64_t kG = kHasAmx ? kMaxTile * kMaxTile / 2 * kParts<kBf16> : kBf16 ? kMaxTile * kRowG : 16;
 
   alignas(64) float s[kMaxTile * kTileStride];
-  alignas(64) uint32_t g_by_rows[kG];     // bf16: words hold two columns
-  alignas(64) uint32_t g_by_columns[kG];  // bf16: words hold two rows
-  alignas(64) float block[kHasAmx ? kPanel * kPanel : 16];
+  alignas(64) uint32_t g_by_rows[kG];                           // bf16: words hold two columns
+  alignas(64) uint32_t g_by_columns[kG];                        // bf16: words hold two rows
+  alignas(64) float blocks[2][kHasAmx ? kPanel * kPanel : 16];  // as AMX stores them
   alignas(64) float row_sums[kMaxTile * kLanes];
   alignas(64) float column_sums[kMaxTile];
   alignas(64) float row_peaks[kMaxTile * kLanes];  // similarities, with the sign of the scale

@@ -9,15 +9,17 @@
 namespace sslkernels {
 
 // One block of uninitialised memory, handed out in aligned pieces. Fresh memory costs a page fault every 4 KiB, more
-// than the arithmetic of a small problem, so the last block is kept for reuse unless it is large.
+// than the arithmetic of a small problem, so the last block is kept for reuse unless it is very large; from a large one
+// the system may take the pages back.
 class Workspace {
  public:
-  static constexpr int64_t kMaxKept = int64_t{64} << 20;
+  static constexpr int64_t kMaxKept = int64_t{256} << 20, kMaxHeld = int64_t{64} << 20;
 
   Workspace() = default;
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
+    if (block_ && block_->bytes > kMaxHeld) give_up_pages();
     if (block_ && block_->bytes <= kMaxKept) block_ = kept().exchange(block_);
     release(block_);
   }
@@ -58,6 +60,10 @@ class Workspace {
   }
   static void release(Block* block) {
     if (block) munmap(block, block->bytes);
+  }
+  void give_up_pages() const {
+    constexpr int64_t kHead = 4096;                                                      // describes the block
+    madvise(reinterpret_cast<char*>(block_) + kHead, block_->bytes - kHead, MADV_FREE);  // no matter if it is refused
   }
   static std::atomic<Block*>& kept() {
     static std::atomic<Block*> block{nullptr};
