@@ -75,12 +75,15 @@ ContrastJob make_job(const Tensor& query, const Maybe& key, const Tensor& scale,
 
 bool is_bounded(const ContrastJob& job, bool unit) { return unit && 2 * std::fabs(job.scale) <= kMaxBoundedSpan; }
 
-ContrastKernel kernel_for(int64_t matmul) { return isa().contrast(matmul == 1); }
+ContrastKernel kernel_for(const ContrastJob& job, int64_t matmul) {
+  if (matmul == 1) return isa().contrast(true);
+  return isa_for(std::max(job.query.in.count, job.key.in.count), job.query.in.dim).contrast(false);
+}
 
 template <class Run>
 void run(ContrastJob& job, int64_t matmul, const Run& steps) {
   const TorchThreads threads;
-  const ContrastKernel kernel = kernel_for(matmul);
+  const ContrastKernel kernel = kernel_for(job, matmul);
   ContrastRunner runner(job, kernel, torch::stable::get_num_threads(), threads);
   steps(runner);
 }

@@ -35,7 +35,8 @@ NtXentJob make_job(const Tensor& z0, const Tensor& z1, const Tensor& temperature
 }
 
 NtXentKernel kernel_for(const NtXentJob& job, bool bf16_matmul) {
-  return isa().nt_xent(job.in.dtype == Dtype::kBFloat16 || (bf16_matmul && job.in.dtype == Dtype::kFloat32));
+  const bool bf16 = job.in.dtype == Dtype::kBFloat16 || (bf16_matmul && job.in.dtype == Dtype::kFloat32);
+  return bf16 ? isa().nt_xent(true) : isa_for(job.in.count, job.in.dim).nt_xent(false);
 }
 
 // The weights of the positives, contiguous.

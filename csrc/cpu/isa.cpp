@@ -78,8 +78,13 @@ std::vector<Isa> list() {
 }
 #undef SSLK_KERNELS
 
-const Isa* choose() {
-  const char* wanted = std::getenv("SSLKERNELS_ISA");
+// The name in SSLKERNELS_ISA, or null.
+const char* wanted_isa() {
+  const char* name = std::getenv("SSLKERNELS_ISA");
+  return name && *name ? name : nullptr;
+}
+
+const Isa* choose(const char* wanted) {
   const Isa* best = nullptr;
   std::string runnable;
   for (const Isa& isa : built_isas()) {
@@ -88,7 +93,7 @@ const Isa* choose() {
     runnable += std::string(runnable.empty() ? "" : ", ") + isa.name;
     if (wanted && std::string(wanted) == isa.name) return &isa;
   }
-  if (wanted && *wanted)
+  if (wanted)
     throw std::runtime_error("SSLKERNELS_ISA must be one of " + runnable + " on this machine, got '" + wanted + "'");
   return best;
 }
@@ -101,8 +106,15 @@ const std::vector<Isa>& built_isas() {
 }
 
 const Isa& isa() {
-  static const Isa* const chosen = choose();
+  static const Isa* const chosen = choose(wanted_isa());
   return *chosen;
+}
+
+const Isa& isa_for(int64_t rows, int64_t dim) {
+  constexpr int64_t kFewRows = 512, kShort = 32;
+  static const bool multiplies_parts = isa().name == std::string("amx") && !wanted_isa();
+  static const Isa* const vectors = multiplies_parts ? choose("avx512") : &isa();
+  return rows <= kFewRows || dim <= kShort ? *vectors : isa();
 }
 
 }  // namespace sslkernels

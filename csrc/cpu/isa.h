@@ -39,4 +39,8 @@ const std::vector<Isa>& built_isas();
 // choices, where that cannot run. Read once.
 const Isa& isa();
 
+// What multiplies so many rows of float32: AMX leaves a few of them, or short ones, to the vector units, since packing
+// takes longer than multiplying then; but not where SSLKERNELS_ISA asks for it.
+const Isa& isa_for(int64_t rows, int64_t dim);
+
 }  // namespace sslkernels
