@@ -16,9 +16,10 @@ HOW_TO_READ = (
     "Contenders take turns with one another and with what gives the rates; only ratios of one run mean something. × is "
     "how many times faster ours is than that one, in float32 unless it says otherwise. The roofline is the op's "
     "arithmetic at the rate of a multiply-add loop on registers plus its exponentials, or the bytes that it must move "
-    "at the rate of a copy, whichever takes longer; what stays in the caches can exceed the latter. The bandwidth is "
-    "that of one large lerp_ or copy. Memory is what a call adds at its peak to its inputs, what it returns included: "
-    "on a CPU in a process of its own, on a GPU by torch's allocator."
+    "at the rate of a copy, whichever takes longer; what stays in the caches can exceed the latter, and what AMX "
+    "multiplies in parts of bfloat16 the former. The bandwidth is that of one large lerp_ or copy. Memory is what a "
+    "call adds at its peak to its inputs, what it returns included: on a CPU in a process of its own, on a GPU by "
+    "torch's allocator."
 )
 
 

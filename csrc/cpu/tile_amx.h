@@ -2,9 +2,9 @@
 //
 // AMX multiplies bf16 alone, sixteen times as fast as the vector units multiply floats. So a float is split into parts,
 // x = x0 + x1 + x2, each rounded to bf16: 3 x 8 digits are all that it has. Of the nine products of two floats' parts
-// the six largest are taken; the others are below 2^-25 of the product. They are added up in fp32, two steps at once,
-// so sums round less than those of a chain of multiply-adds (a third to a half, measured). Parts below 2^-126 count as
-// zero.
+// the six largest are taken; the others are at most 2^-23 of the product together, and of either sign. They are added
+// up in fp32, two steps at once, so sums round less than those of a chain of multiply-adds. Parts below 2^-126 count as
+// zero, and what is infinite becomes NaN.
 //
 // Everything lies in blocks of 32 x 32 values, each in kParts parts of kPart words, and a part in two halves of 16 x 16
 // words, as the tile registers take them. A word holds two values that are neighbours along the reduction: steps k and

@@ -9,8 +9,8 @@
 namespace sslkernels {
 
 // One block of uninitialised memory, handed out in aligned pieces. Fresh memory costs a page fault every 4 KiB, more
-// than the arithmetic of a small problem, so the last block is kept for reuse unless it is very large; from a large one
-// the system may take the pages back.
+// than the arithmetic of a small problem, so the last block is kept for reuse unless it is very large. The system may
+// take back what of it was used beyond kMaxHeld.
 class Workspace {
  public:
   static constexpr int64_t kMaxKept = int64_t{256} << 20, kMaxHeld = int64_t{64} << 20;
@@ -19,7 +19,8 @@ class Workspace {
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
-    if (block_ && block_->bytes > kMaxHeld) give_up_pages();
+    if (block_ && used_ > kMaxHeld)  // no matter if it is refused
+      madvise(reinterpret_cast<char*>(block_) + kMaxHeld, used_ - kMaxHeld, MADV_FREE);
     if (block_ && block_->bytes <= kMaxKept) block_ = kept().exchange(block_);
     release(block_);
   }
@@ -60,10 +61,6 @@ class Workspace {
   }
   static void release(Block* block) {
     if (block) munmap(block, block->bytes);
-  }
-  void give_up_pages() const {
-    constexpr int64_t kHead = 4096;                                                      // describes the block
-    madvise(reinterpret_cast<char*>(block_) + kHead, block_->bytes - kHead, MADV_FREE);  // no matter if it is refused
   }
   static std::atomic<Block*>& kept() {
     static std::atomic<Block*> block{nullptr};
