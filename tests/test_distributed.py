@@ -54,7 +54,7 @@ def test_the_ring_takes_memory_for_the_own_batch_alone():
     size, rows, dim = 4, 4096, 64
     # in units of the own (N, D) rows, at the backward's peak: normalised queries and keys; of two other ranks the keys,
     # and what is known of their gradients; a chunk's gradients of queries and keys; the sum of those of queries; and
-    # what the kernel packs of both sides: rows, transposed rows, gradients. gather takes 27.
+    # what the kernel packs of both sides: rows, transposed rows, gradients (with AMX 8). gather takes 27.
     units = 2 + 2 + 2 + 2 + 1 + 6
     accounted = units * rows * dim * 4
     measured = max(extra_memory("ring", size, rows, dim))
