@@ -2,7 +2,7 @@
 #pragma once
 #include "isa.h"
 #if defined(__AMX_BF16__)
-#include "tile_amx.h"
+#include "amx.h"
 #endif
 #include "tile_gemm.h"
 
